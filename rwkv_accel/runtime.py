@@ -1,0 +1,201 @@
+"""The process and its surroundings: Accelerator, seeds, devices, environment. The only reader of os.environ."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import zlib
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rwkv_accel.config.schema import TrainerConfig
+from rwkv_accel.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+EXIT_USER_ERROR = 2
+# Stopped by a signal after saving: a launcher should start the same command again (EX_TEMPFAIL of sysexits.h).
+EXIT_STOPPED = 75
+PROCESS_GROUP_TIMEOUT_SECONDS = 600
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files and speaks. Valid before the Accelerator exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def stop_file() -> Path | None:
+    """File whose existence asks the run to save and stop; named by the launcher."""
+    return _path_from("RWKV_ACCEL_STOP_FILE")
+
+
+def requeue_file() -> Path | None:
+    """File that a run stopped by request leaves for its launcher after saving."""
+    return _path_from("RWKV_ACCEL_REQUEUE_FILE")
+
+
+def started_file() -> Path | None:
+    """File that a run leaves for its launcher once its first update is done: a later crash is worth a retry."""
+    return _path_from("RWKV_ACCEL_STARTED_FILE")
+
+
+def _path_from(variable: str) -> Path | None:
+    value = os.environ.get(variable)
+    return Path(value) if value else None
+
+
+def fail(error: UserError) -> int:
+    """Print a user's mistake as plain lines (rank 0 only) and return the exit code for it."""
+    if is_main_process():
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
+    return EXIT_USER_ERROR
+
+
+def set_environment_defaults() -> None:
+    """Defaults that must be set before torch and its libraries start; what the user set stays."""
+    # Extensions are cached by name only: two environments sharing a home would rebuild each other's.
+    cache = os.path.join(os.path.expanduser("~"), ".cache", "rwkv_accel", f"ext-{zlib.crc32(sys.prefix.encode()):08x}")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", cache)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+
+
+def set_seed(seed: int) -> None:
+    """Seed python, numpy and torch. The same on every rank: data order and adapters must agree."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_accelerator(trainer: TrainerConfig, micro_batches_per_window: int) -> Accelerator:
+    """The Accelerator for what the launcher started: one process, DDP, FSDP2 or DeepSpeed. Collective.
+
+    The recipe is the one source of batch size, accumulation and clipping; the numbers are injected into the
+    DeepSpeed plugin, where `auto` or a forgotten key would silently become something else.
+
+    Args:
+        micro_batches_per_window: micro-batches of one optimizer update (of a full window).
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+    has_gpu = torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    fsdp_on_cpu = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not has_gpu
+    if deepspeed and not has_gpu:
+        _skip_shared_memory_op()
+    timeout = timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS)
+    group = InitProcessGroupKwargs(backend=None if has_gpu else "gloo", timeout=timeout)
+    if fsdp_on_cpu:
+        del os.environ["ACCELERATE_USE_FSDP"]
+    accelerator = Accelerator(
+        # cpu=True would switch DeepSpeed off without a word.
+        cpu=not has_gpu and not deepspeed,
+        mixed_precision="no",
+        gradient_accumulation_steps=micro_batches_per_window,
+        # A process that nobody launched has no group to form.
+        kwargs_handlers=[group] if "RANK" in os.environ else [],
+    )
+    if fsdp_on_cpu:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        _enable_fsdp2_on_cpu()
+    if accelerator.num_processes != world_size() or (
+        world_size() > 1 and accelerator.distributed_type == DistributedType.NO
+    ):
+        raise UserError(
+            f"the launcher started {world_size()} processes but Accelerate formed a group of "
+            f"{accelerator.num_processes} ({accelerator.distributed_type}); use a file from accelerate_configs/"
+        )
+    if deepspeed:
+        _configure_deepspeed(accelerator, trainer, micro_batches_per_window)
+    return accelerator
+
+
+def check_offload(accelerator: Accelerator, optimizer_name: str) -> None:
+    """Raises UserError for an optimizer that DeepSpeed would replace by CPU Adam without a word."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or optimizer_name == "adamw":
+        return
+    device = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if device not in (None, "none"):
+        raise UserError(
+            f"optim.optimizer {optimizer_name} cannot be combined with offload_optimizer_device {device}: DeepSpeed "
+            "would run Adam in its place; use optim.optimizer=adamw, or an Accelerate config without offload"
+        )
+
+
+def _configure_deepspeed(accelerator: Accelerator, trainer: TrainerConfig, micro_batches: int) -> None:
+    config: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
+    wanted = {
+        "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": trainer.gradient_clip_val,
+    }
+    for key, value in wanted.items():
+        if config.get(key, "auto") not in ("auto", value) and key != "gradient_accumulation_steps":
+            raise UserError(f"the Accelerate config sets {key}={config[key]}, the recipe says {value}; remove it there")
+        config[key] = value
+
+
+def unwrap(model: Any) -> Any:
+    """The bare model inside the wrappers of DDP, DeepSpeed and torch.compile.
+
+    Accelerate's own unwrapping imports DeepSpeed even where it is not used, which costs seconds.
+    """
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return model
+
+
+def check_engine(accelerator: Accelerator, model: Any, trainer: TrainerConfig, micro_batches: int) -> None:
+    """After prepare: the engine must have taken the recipe's numbers."""
+    from accelerate.utils import DistributedType
+
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    got = (
+        model.gradient_clipping(),
+        model.gradient_accumulation_steps(),
+        model.train_micro_batch_size_per_gpu(),
+    )
+    want = (trainer.gradient_clip_val, micro_batches, trainer.micro_batch_size)
+    assert got == want, f"DeepSpeed engine has (clip, accumulation, micro batch) {got}, the recipe says {want}"
+
+
+def _skip_shared_memory_op() -> None:
+    # Without a GPU DeepSpeed compiles this op at start-up (half a minute, needs a compiler); training never uses it.
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _enable_fsdp2_on_cpu() -> None:
+    # Accelerate turns FSDP on for accelerators only; with gloo it works once the state says so.
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        reshard_after_forward=True,
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP

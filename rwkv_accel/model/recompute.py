@@ -1,0 +1,42 @@
+"""Gradient checkpointing of a block: keep its inputs, run it again in the backward pass.
+
+Shapes: B batch, T tokens, C channels, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LayerState = tuple[Tensor, Tensor, Tensor]
+"""(att_shift [B,C], wkv [B,H,N,N], ffn_shift [B,C]) of one layer."""
+
+
+def run_block(
+    block: nn.Module, x_BTC: Tensor, v_first_BTC: Tensor | None, state: LayerState | None, *settings: object
+) -> tuple[Tensor, ...]:
+    """block(x, v_first, state, *settings) with the same outputs and gradients, in the memory of its inputs.
+
+    A block that nothing is differentiated through is run plainly. Dropout draws the same mask both times.
+
+    The reentrant form of torch's checkpoint is taken on purpose: DeepSpeed ZeRO-3 frees a weight at the end of the
+    recomputed forward, and the non-reentrant form then stops with a CheckpointError or an empty gradient buffer
+    (deepspeed 0.19.8). Its two weaknesses are met here: a graph that starts inside the block gets an anchor, and a
+    state travels as separate arguments, so that its gradient is carried too.
+    """
+    past = (None, None, None) if state is None else state
+    inputs = [t for t in (x_BTC, v_first_BTC, *past) if t is not None]
+    trains = any(t.requires_grad for t in [*inputs, *block.parameters()])
+    if not (trains and torch.is_grad_enabled()):
+        return block(x_BTC, v_first_BTC, state, *settings)
+
+    def again(_anchor: Tensor, x: Tensor, v_first: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return block(x, v_first, tensors or None, *settings)
+
+    # Without an input that needs a gradient, the reentrant form would cut off the block's own parameters.
+    anchor = torch.empty(0, requires_grad=True)
+    run: Callable[..., tuple[Tensor, ...]] = checkpoint
+    return run(again, anchor, x_BTC, v_first_BTC, *(state or ()), use_reentrant=True)

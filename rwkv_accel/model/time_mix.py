@@ -1,0 +1,124 @@
+"""RWKV-7 time mix: token shift, data-dependent decay and learning rate, the WKV-7 recurrence, gate.
+
+Shapes: B batch, T tokens, C channels, H heads, N head size, R inner rank. "Wide" is fp32, or fp64 for fp64
+input.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rwkv_accel.model.config import RWKV7Config
+from rwkv_accel.model.layers import Documents, HeadNorm, Linear, token_shift
+from rwkv_accel.model.precision import wide_dtype
+from rwkv_accel.ops.wkv7 import wkv7
+
+DECAY_SCALE = -math.exp(-0.5)
+"""w_log = DECAY_SCALE * sigmoid(w_logit): a channel keeps between 54.5% and 100% of its state per token."""
+
+
+class TimeMix(nn.Module):
+    """Time mix of one block (arXiv 2503.14456 section 4; RWKV-LM train_temp/src/model.py)."""
+
+    def __init__(self, config: RWKV7Config, layer: int):
+        super().__init__()
+        channels = config.n_embd
+        self.layer = layer
+        self.heads = (config.n_head, config.head_size)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.full(shape, float("nan")))
+
+        def vector() -> nn.Parameter:
+            return parameter(1, 1, channels)
+
+        self.x_r, self.x_w, self.x_k = vector(), vector(), vector()
+        self.x_v, self.x_a, self.x_g = vector(), vector(), vector()
+        self.w0, self.a0 = vector(), vector()
+        self.w1, self.w2 = parameter(channels, config.decay_rank), parameter(config.decay_rank, channels)
+        self.a1, self.a2 = parameter(channels, config.iclr_rank), parameter(config.iclr_rank, channels)
+        self.g1, self.g2 = parameter(channels, config.gate_rank), parameter(config.gate_rank, channels)
+        if layer > 0:
+            self.v0 = vector()
+            self.v1, self.v2 = parameter(channels, config.value_rank), parameter(config.value_rank, channels)
+        elif config.has_layer0_value:
+            # The forward pass never reads them. As buffers they survive a load and a save, and can neither be
+            # trained nor be a parameter without gradient in DistributedDataParallel.
+            self.register_buffer("v0", vector().detach())
+            self.register_buffer("v1", parameter(channels, config.value_rank).detach())
+            self.register_buffer("v2", parameter(config.value_rank, channels).detach())
+        self.k_k, self.k_a = vector(), vector()
+        self.r_k = parameter(*self.heads)
+        self.receptance = Linear(channels, channels)
+        self.key = Linear(channels, channels)
+        self.value = Linear(channels, channels)
+        self.output = Linear(channels, channels)
+        self.ln_x = HeadNorm(*self.heads)
+        # State tuning: initial WKV state [H, value, key] of every sequence that starts without a state.
+        self.register_parameter("time_state", None)
+
+    def forward(
+        self,
+        h_BTC: Tensor,
+        v_first_BTC: Tensor | None,
+        shift_BC: Tensor | None,
+        state_BHNN: Tensor | None,
+        documents: Documents | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B,T,C] after ln1 -> (output [B,T,C], v_first [B,T,C], final WKV state [B,H,N,N] or [S,H,N,N]).
+
+        v_first is layer 0's value (None on the way into layer 0). shift_BC and state_BHNN carry the past;
+        None is a fresh sequence.
+        """
+        dtype, wide = h_BTC.dtype, wide_dtype(h_BTC.dtype)
+        batch, num_tokens = h_BTC.shape[:2]
+        per_head = (batch, num_tokens, *self.heads)
+
+        # All six interpolations in one kernel: [6,1,1,C] against [B,T,C].
+        lerp = torch.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]).to(dtype)
+        delta_BTC = token_shift(h_BTC, shift_BC, documents) - h_BTC
+        h_r, h_w, h_k, h_v, h_a, h_g = torch.addcmul(h_BTC, delta_BTC, lerp).unbind(0)
+
+        r_BTHN = self.receptance(h_r).view(per_head)
+        k_BTC = self.key(h_k)
+        v_BTC = self.value(h_v)
+        w_logit = torch.tanh(h_w @ self.w1.to(dtype)) @ self.w2.to(dtype)
+        w_log = DECAY_SCALE * torch.sigmoid(self.w0.to(wide) + w_logit)
+        iclr_BTC = torch.sigmoid(self.a0.to(dtype) + (h_a @ self.a1.to(dtype)) @ self.a2.to(dtype))
+        gate_BTC = torch.sigmoid(h_g @ self.g1.to(dtype)) @ self.g2.to(dtype)
+        if self.layer == 0:
+            v_first_BTC = v_BTC
+        else:
+            assert v_first_BTC is not None
+            residual = torch.sigmoid(self.v0.to(dtype) + (h_v @ self.v1.to(dtype)) @ self.v2.to(dtype))
+            v_BTC = torch.lerp(v_BTC, v_first_BTC, residual)
+
+        kappa = F.normalize((k_BTC.to(wide) * self.k_k.to(wide)).view(per_head), dim=-1, eps=1e-12)
+        k_BTHN = torch.addcmul(k_BTC, k_BTC * (iclr_BTC - 1), self.k_a.to(dtype)).view(per_head)
+        v_BTHN = v_BTC.view(per_head)
+        b_BTHN = (kappa * iclr_BTC.view(per_head)).to(dtype)
+
+        if state_BHNN is None and self.time_state is not None:
+            num_sequences = batch if documents is None else len(documents.first_S)
+            state_BHNN = self.time_state.to(wide).expand(num_sequences, -1, -1, -1)
+        y_BTHN, final_BHNN = wkv7(
+            r_BTHN,
+            w_log.view(per_head),
+            k_BTHN,
+            v_BTHN,
+            -kappa.to(dtype),
+            b_BTHN,
+            state=state_BHNN,
+            cu_seqlens=None if documents is None else documents.cu_seqlens,
+            backend=backend,
+        )
+
+        y_wide = self.ln_x(y_BTHN)
+        bonus = (r_BTHN.to(wide) * k_BTHN.to(wide) * self.r_k.to(wide)).sum(-1, keepdim=True)
+        y_wide = torch.addcmul(y_wide, bonus, v_BTHN.to(wide)) * gate_BTC.view(per_head)
+        return self.output(y_wide.to(dtype).view(h_BTC.shape)), v_first_BTC, final_BHNN

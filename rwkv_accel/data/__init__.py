@@ -1,0 +1,1 @@
+"""From files to batches: sources, template, tokenizer, packing, sampler, loader. Never imports the model."""

@@ -1,0 +1,125 @@
+"""Look at data before training on it: python -m rwkv_accel.data preview|lint|stats|convert SOURCE ..."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from rwkv_accel.config.load import load_config
+from rwkv_accel.config.schema import RunConfig
+from rwkv_accel.errors import UserError
+from rwkv_accel.runtime import fail
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m rwkv_accel.data",
+        description="Look at training data the way a run will see it.",
+        epilog="Example: python -m rwkv_accel.data preview chats.jsonl data.prompt_column=question "
+        "data.response_column=answer",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("source", help="recipe (.yaml), or anything that data.path can be")
+    preview = commands.add_parser("preview", parents=[source], help="show documents, tokens coloured by the loss mask")
+    preview.add_argument("-n", "--num-documents", type=int, default=3, help="how many (default 3)")
+    preview.add_argument("--skip", type=int, default=0, help="documents to pass over first")
+    preview.add_argument("--html", type=Path, help="write a page to this file instead")
+    preview.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    lint = commands.add_parser("lint", parents=[source], help="find faults; exit code 1 if there are errors")
+    lint.add_argument("--vocab-size", type=int, help="embedding rows of the model (default: the tokenizer's)")
+    stats = commands.add_parser("stats", parents=[source], help="lengths, tokens, rows and updates per epoch")
+    stats.add_argument("--processes", type=int, default=1, help="processes that will train (default 1)")
+    convert = commands.add_parser("convert", parents=[source], help="write .bin (binidx), .arrow, .parquet or .jsonl")
+    convert.add_argument("target", type=Path, help="file to write; its suffix says the kind")
+    for command in (preview, lint, stats, convert):
+        command.add_argument("overrides", nargs="*", metavar="data.key=value", help="values that replace the recipe's")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        config = read_config(args.source, args.overrides)
+        return {"preview": run_preview, "lint": run_lint, "stats": run_stats, "convert": run_convert}[args.command](
+            args, config
+        )
+    except UserError as error:
+        return fail(error)
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; Python must not complain about the rest when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def read_config(source: str, overrides: Sequence[str]) -> RunConfig:
+    """A recipe, or a recipe around a data path."""
+    if source.endswith((".yaml", ".yml")):
+        return load_config(source, overrides)
+    around = ["out_dir=none", "model.path=none", f"data.path={json.dumps(source)}"]
+    return load_config(None, [*around, *overrides])
+
+
+def run_preview(args: argparse.Namespace, config: RunConfig) -> int:
+    from rwkv_accel.data.corpus import read_documents
+    from rwkv_accel.data.documents import ReadReport
+    from rwkv_accel.data.preview import preview_html, preview_text
+    from rwkv_accel.data.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    documents = read_documents(config.data, tokenizer, ReadReport())
+    chosen = islice(documents, args.skip, args.skip + args.num_documents)
+    if args.html:
+        try:
+            args.html.write_text(preview_html(chosen, tokenizer), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {args.html}: {error.strerror}") from None
+        write_lines([f"written to {args.html}"])
+        return 0
+    colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
+    write_lines(preview_text(chosen, tokenizer, colour=colour))
+    return 0
+
+
+def run_lint(args: argparse.Namespace, config: RunConfig) -> int:
+    from rwkv_accel.data.lint import has_errors, lint, lint_lines
+    from rwkv_accel.data.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    init_size = config.model.init.vocab_size if config.model.init else None
+    num_documents, findings = lint(config.data, tokenizer, args.vocab_size or init_size or tokenizer.vocab_size)
+    write_lines(lint_lines(num_documents, findings))
+    return 1 if has_errors(findings) else 0
+
+
+def run_stats(args: argparse.Namespace, config: RunConfig) -> int:
+    from rwkv_accel.data.stats import stats_lines
+    from rwkv_accel.data.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    write_lines(stats_lines(config.data, config.trainer, tokenizer, args.processes))
+    return 0
+
+
+def run_convert(args: argparse.Namespace, config: RunConfig) -> int:
+    from rwkv_accel.data.convert import convert
+    from rwkv_accel.data.tokenizer import build_tokenizer
+
+    write_lines(convert(config.data, build_tokenizer(config.data.tokenizer), args.target))
+    return 0
+
+
+def write_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

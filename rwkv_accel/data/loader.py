@@ -1,0 +1,248 @@
+"""TrainLoader: the rows of an epoch in global windows, of which each process takes its share.
+
+The order of rows depends on (seed, epoch, position) alone, never on the number of processes, so a run resumes
+at any position in O(1), also on another number of processes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rwkv_accel.config.schema import DataConfig, TrainerConfig
+from rwkv_accel.data.batch import Batch, dummy_batch, pack_batch, pad_batch
+from rwkv_accel.data.binidx import open_binidx
+from rwkv_accel.data.corpus import Corpus, RunFirst, open_corpora
+from rwkv_accel.data.packing import Subset
+from rwkv_accel.data.rows import FlatRows, PlannedRows, RowSource, highest_token, plan_corpus
+from rwkv_accel.data.sampler import (
+    BucketOrder,
+    FileOrder,
+    MagicPrimeOrder,
+    MixtureOrder,
+    RowOrder,
+    ShuffledOrder,
+)
+from rwkv_accel.data.sources import find_sources
+from rwkv_accel.data.tokenizer import Tokenizer, build_tokenizer
+from rwkv_accel.errors import UserError
+
+PREFETCHED_WINDOWS = 2
+
+
+@dataclass(frozen=True)
+class Window:
+    """One optimizer update: this process's micro-batches, and the rows that all processes together take."""
+
+    batches: list[Batch]
+    num_rows: int
+
+
+class TrainLoader:
+    """Windows of an epoch for one process."""
+
+    def __init__(
+        self,
+        sources: Sequence[RowSource],
+        order: RowOrder,
+        data: DataConfig,
+        trainer: TrainerConfig,
+        *,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        vocab_size: int,
+        description: Sequence[str] = (),
+    ) -> None:
+        self.rows_per_epoch = order.rows_per_epoch
+        self.micro_batches_per_window = trainer.micro_batches(world_size)
+        self.global_batch_size = self.micro_batches_per_window * trainer.micro_batch_size * world_size
+        self._sources, self._order, self._description = sources, order, description
+        self._first_rows = np.cumsum([0, *(source.num_rows for source in sources)])
+        self._packed = data.packing == "pack" and data.sampling == "documents"
+        self._micro_batch_size, self._vocab_size = trainer.micro_batch_size, vocab_size
+        self._rank, self._world_size, self._device = rank, world_size, device
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return -(-self.rows_per_epoch // self.global_batch_size)
+
+    def total_steps(self, max_epochs: int, max_steps: int | None) -> int:
+        """Optimizer updates of the whole run."""
+        steps = max_epochs * self.windows_per_epoch
+        return steps if max_steps is None else min(steps, max_steps)
+
+    def windows(self, epoch: int, rows_consumed: int) -> Iterator[Window]:
+        """The windows of an epoch that follow its first rows_consumed rows; the last one may be short.
+
+        A thread of its own prepares the next windows while one is trained on.
+        """
+        assert 0 <= rows_consumed <= self.rows_per_epoch
+        ahead: deque[Future[Window]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="data") as worker:
+            for start in range(rows_consumed, self.rows_per_epoch, self.global_batch_size):
+                ahead.append(worker.submit(self._window, epoch, start))
+                if len(ahead) > PREFETCHED_WINDOWS:
+                    yield self._on_device(ahead.popleft().result())
+            while ahead:
+                yield self._on_device(ahead.popleft().result())
+
+    def describe(self) -> str:
+        """Documents, tokens, rows, unused share of the rows, and everything that was left out or cut."""
+        updates = f"data: {self.windows_per_epoch:,} updates of {self.global_batch_size} rows per epoch"
+        return "\n".join([*self._description, updates])
+
+    def _window(self, epoch: int, start: int) -> Window:
+        stop = min(start + self.global_batch_size, self.rows_per_epoch)
+        batches = [self._micro_batch(epoch, start, stop, m) for m in range(self.micro_batches_per_window)]
+        if self._device.type == "cuda":
+            batches = [batch.pinned() for batch in batches]
+        return Window(batches, stop - start)
+
+    def _on_device(self, window: Window) -> Window:
+        return Window([batch.to(self._device) for batch in window.batches], window.num_rows)
+
+    def _micro_batch(self, epoch: int, start: int, stop: int, index: int) -> Batch:
+        first = start + (index * self._world_size + self._rank) * self._micro_batch_size
+        positions = np.arange(first, min(first + self._micro_batch_size, stop), dtype=np.int64)
+        if not len(positions):
+            return dummy_batch(self._packed)
+        row_ids = self._order.rows_at(epoch, positions).tolist()
+        rows = []
+        for row in row_ids:
+            source = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+            rows.append(self._sources[source].pieces(row - int(self._first_rows[source])))
+        if (top := highest_token(rows)) >= self._vocab_size:
+            raise UserError(f"data: rows {row_ids} hold token {top}, the model has {self._vocab_size} embedding rows")
+        return (pack_batch if self._packed else pad_batch)(rows, row_ids)
+
+
+def build_train_loader(
+    data: DataConfig,
+    trainer: TrainerConfig,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    vocab_size: int,
+    run_first: RunFirst | None = None,
+    subset: Subset | None = None,
+) -> TrainLoader:
+    """Read, tokenise and pack the training data. Collective only as far as run_first is.
+
+    vocab_size: rows of the model's embedding.
+    subset: take one side of a split of the documents.
+    run_first: calls its argument on one process of each node while the others wait, and raises its
+    UserError on all; large data is then tokenised once per node. Without it every process looks for itself,
+    which is correct but may do the work several times.
+
+    Raises:
+        UserError: the files, the batch sizes or the vocabulary do not fit; says which and the remedy.
+    """
+    micro_batches = trainer.micro_batches(world_size)  # a wrong batch size must not cost the time of reading
+    sources: Sequence[RowSource]
+    order: RowOrder
+    if data.sampling == "magic_prime":
+        if subset is not None:
+            raise UserError("eval.split_fraction needs documents: with data.sampling magic_prime give eval.path")
+        flat = _open_flat(data)
+        sources, order = [flat], MagicPrimeOrder(flat.num_rows)
+        lines = [f"data: {len(flat.binidx.tokens):,} tokens in {flat.num_rows:,} rows of {data.ctx_len} (magic prime)"]
+    else:
+        tokenizer = build_tokenizer(data.tokenizer)
+        first = run_first or (lambda action: action())
+        corpora = open_corpora(data, tokenizer, first)
+        for corpus in corpora:
+            _check(corpus, tokenizer, vocab_size)
+        sources = planned = [plan_corpus(corpus, data, first, subset) for corpus in corpora]
+        if not all(rows.num_rows for rows in planned):
+            raise UserError(
+                f"data.path {_shown(data)}: no document of it has a target within data.ctx_len {data.ctx_len}; "
+                "raise data.ctx_len or set data.overlong=split"
+            )
+        order = _order(planned, data, trainer, micro_batches * trainer.micro_batch_size * world_size)
+        lines = _describe(corpora, planned, data, order)
+    return TrainLoader(
+        sources,
+        order,
+        data,
+        trainer,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        vocab_size=vocab_size,
+        description=lines,
+    )
+
+
+def _open_flat(data: DataConfig) -> FlatRows:
+    (source,) = find_sources(data)
+    if not source.is_binidx:
+        raise UserError(f"data.sampling magic_prime needs a binidx, data.path is {source.path}")
+    return FlatRows(open_binidx(source.path), data.ctx_len)
+
+
+def _order(rows: list[PlannedRows], data: DataConfig, trainer: TrainerConfig, rows_per_window: int) -> RowOrder:
+    sizes = [source.num_rows for source in rows]
+    if not data.shuffle:
+        return FileOrder(sum(sizes))
+    if data.weights is not None:
+        return MixtureOrder(sizes, data.weights, trainer.seed)
+    if data.packing == "bucket":
+        if len(sizes) > 1:
+            raise UserError("data.packing bucket cannot join binidx with other files; use pack")
+        return BucketOrder(sum(sizes), trainer.seed, rows_per_window)
+    return ShuffledOrder(sum(sizes), trainer.seed)
+
+
+def _check(corpus: Corpus, tokenizer: Tokenizer, vocab_size: int) -> None:
+    store, report = corpus.store, corpus.report
+    if not store.num_documents:
+        skipped = f"; {report.num_skipped} skipped, first: {report.first_skipped}" if report.num_skipped else ""
+        raise UserError(f"data.path {corpus.name} holds no documents{skipped}")
+    if store.max_id >= vocab_size:
+        raise UserError(
+            f"data.tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids) gives token {store.max_id}, but "
+            f"the model has only {vocab_size} embedding rows; use the tokenizer that the model was made for"
+        )
+    if not store.total_targets:
+        raise UserError(
+            f"data.path {corpus.name}: none of {store.num_documents} documents has a target token; "
+            "conversations need an assistant turn, texts must not be empty"
+        )
+
+
+def _describe(corpora: list[Corpus], rows: list[PlannedRows], data: DataConfig, order: RowOrder) -> list[str]:
+    stores, plans = [c.store for c in corpora], [r.plan for r in rows]
+    num_rows = sum(plan.num_rows for plan in plans)
+    length = sum(plan.num_tokens for plan in plans) / num_rows
+    fill = f"{100 * (1 - length / data.ctx_len):.1f}% of them unused"
+    if data.packing != "pack":
+        fill = f"{length:.1f} on average"
+    kind = {"pack": "packed", "pad": "padded", "bucket": "bucketed"}[data.packing]
+    lines = [
+        f"data: {sum(s.num_documents for s in stores):,} documents, {sum(s.num_tokens for s in stores):,} tokens, "
+        f"{sum(s.total_targets for s in stores):,} of them targets; "
+        f"{num_rows:,} {kind} rows of up to {data.ctx_len} tokens, {fill}"
+    ]
+    if isinstance(order, MixtureOrder):
+        for corpus, quota, size in zip(corpora, order.quotas(), order.sizes):
+            lines.append(f"data: {quota:,} rows per epoch from the {size:,} of {corpus.name}")
+    if overlong := sum(plan.num_overlong for plan in plans):
+        done = {"split": "split", "truncate": "truncated", "drop": "dropped"}[data.overlong]
+        lines.append(f"data: {overlong:,} documents are longer than {data.ctx_len} tokens and were {done}")
+    if empty := sum(plan.num_without_target for plan in plans):
+        lines.append(f"data: {empty:,} documents or pieces without a target were left out")
+    for corpus in corpora:
+        if corpus.report.num_skipped:
+            lines.append(f"data: {corpus.report.num_skipped:,} lines skipped, first: {corpus.report.first_skipped}")
+    return lines
+
+
+def _shown(data: DataConfig) -> str:
+    return data.path if isinstance(data.path, str) else ", ".join(data.path)

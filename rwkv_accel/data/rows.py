@@ -1,0 +1,99 @@
+"""Rows by number: what the loader draws from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from rwkv_accel.config.schema import DataConfig
+from rwkv_accel.data.batch import Piece
+from rwkv_accel.data.binidx import BinIdx, magic_prime
+from rwkv_accel.data.cache import fingerprint, make_once
+from rwkv_accel.data.corpus import Corpus, RunFirst
+from rwkv_accel.data.packing import RowPlan, Subset, open_plan, plan_rows, save_plan
+from rwkv_accel.data.store import DocumentStore
+
+CACHE_MIN_DOCUMENTS = 200_000
+
+
+class RowSource(Protocol):
+    """A source of rows 0 <= r < num_rows."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def pieces(self, row: int) -> list[Piece]:
+        """The runs of tokens in a row; each starts from a fresh state."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """Rows of documents, as a plan puts them together."""
+
+    store: DocumentStore
+    plan: RowPlan
+
+    @property
+    def num_rows(self) -> int:
+        return self.plan.num_rows
+
+    def pieces(self, row: int) -> list[Piece]:
+        store, plan = self.store, self.plan
+        pieces = []
+        for piece in range(int(plan.row_offsets[row]), int(plan.row_offsets[row + 1])):
+            begin = int(store.offsets[plan.piece_document[piece]] + plan.piece_start[piece])
+            end = begin + int(plan.piece_length[piece]) + 1
+            flags = None if store.is_target is None else store.is_target[begin:end]
+            pieces.append(Piece(store.ids[begin:end], flags))
+        return pieces
+
+
+@dataclass(frozen=True)
+class FlatRows:
+    """Rows of ctx_len + 1 tokens out of the flat stream of a binidx: row r begins at token r * ctx_len.
+
+    Documents run into each other without a reset, as in official pretraining.
+    """
+
+    binidx: BinIdx
+    ctx_len: int
+
+    @cached_property
+    def num_rows(self) -> int:
+        """The magic prime: the order of rows needs it."""
+        return magic_prime(len(self.binidx.tokens), self.ctx_len)
+
+    def pieces(self, row: int) -> list[Piece]:
+        begin = row * self.ctx_len
+        return [Piece(self.binidx.tokens[begin : begin + self.ctx_len + 1], None)]
+
+
+def plan_corpus(corpus: Corpus, data: DataConfig, run_first: RunFirst, subset: Subset | None = None) -> PlannedRows:
+    """Rows of a corpus, or of one side of its split; the plan of a large one is kept in the cache."""
+    settings: dict[str, object] = {
+        "ctx_len": data.ctx_len,
+        "packing": data.packing,
+        "overlong": data.overlong,
+        "keep_order": not data.shuffle,
+        "subset": subset,
+    }
+
+    def build(folder: Path) -> None:
+        save_plan(plan_rows(corpus.store, **settings), folder)  # type: ignore[arg-type]
+
+    if corpus.identity is None or data.cache_dir is None or corpus.store.num_documents < CACHE_MIN_DOCUMENTS:
+        return PlannedRows(corpus.store, plan_rows(corpus.store, **settings))  # type: ignore[arg-type]
+    root = Path(data.cache_dir).expanduser() / "rows"
+    name = fingerprint({"corpus": corpus.identity, **settings, "subset": None if subset is None else asdict(subset)})
+    run_first(lambda: make_once(root, name, build))
+    return PlannedRows(corpus.store, open_plan(make_once(root, name, build)))
+
+
+def highest_token(rows: list[list[Piece]]) -> int:
+    """Largest token id in rows."""
+    return max(int(np.max(piece.ids)) for row in rows for piece in row)

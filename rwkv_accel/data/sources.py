@@ -1,0 +1,215 @@
+"""Files, folders, URLs and hub names -> records, each with the place it came from.
+
+Broken input is named by file and line number. jsonl and plain text are read line by line here; the other
+kinds go through Hugging Face `datasets`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rwkv_accel.config.schema import DataConfig
+from rwkv_accel.errors import UserError
+
+TEXT_BREAK = re.compile(r"\n{3,}")
+HUB_PREFIX = "hub:"
+# Suffix -> name of the builder in `datasets`.
+TABLE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json"}
+LINE_KINDS = (".jsonl", ".txt")
+BINIDX_KINDS = (".bin", ".idx")
+
+
+class Record(NamedTuple):
+    """One document as the source has it."""
+
+    place: str
+    """File and line number, or source and row number."""
+    fields: dict[str, Any] | None
+    """Columns, or None where the line is broken."""
+    problem: str = ""
+    """What is wrong with the line."""
+
+
+class Source(NamedTuple):
+    """One entry of `data.path`, checked."""
+
+    path: str
+    kind: str
+    """A suffix of the tables above, `hub`, or `folder` (of Dataset.save_to_disk)."""
+
+    @property
+    def is_local(self) -> bool:
+        return self.kind != "hub" and "://" not in self.path
+
+    @property
+    def is_binidx(self) -> bool:
+        return self.kind in BINIDX_KINDS
+
+    def local_files(self) -> list[Path]:
+        """The files that the content lies in; none for a hub name or a URL."""
+        if not self.is_local:
+            return []
+        if self.kind == "folder":
+            return sorted(p for p in Path(self.path).rglob("*") if p.is_file())
+        if self.is_binidx:
+            return [Path(self.path).with_suffix(suffix) for suffix in BINIDX_KINDS]
+        return [Path(self.path)]
+
+
+def find_sources(data: DataConfig) -> list[Source]:
+    """The entries of `data.path`.
+
+    Raises:
+        UserError: none is given, or one is missing or of a kind that is not known.
+    """
+    paths = (data.path,) if isinstance(data.path, str) else data.path
+    if not paths:
+        raise UserError("data.path is empty; name at least one file")
+    return [_find(path) for path in paths]
+
+
+def read_records(source: Source, data: DataConfig) -> Iterator[Record]:
+    """Records of one source, in its order; memory is that of one line, or of the file for .txt."""
+    if source.kind == ".jsonl":
+        return _read_jsonl(source.path)
+    if source.kind == ".txt":
+        return _read_txt(source.path)
+    return _read_table(source, data)
+
+
+def remote_identity(source: Source, data: DataConfig) -> list[str]:
+    """Names the content of a hub data set or of a URL, without reading it."""
+    with _blame(source.path):
+        if source.kind == "hub":
+            import datasets
+
+            name = source.path.removeprefix(HUB_PREFIX)
+            return ["hub", name, str(datasets.load_dataset_builder(name, data.subset).hash)]
+        import fsspec
+
+        system, path = fsspec.core.url_to_fs(source.path)
+        return ["url", source.path, str(system.ukey(path))]
+
+
+def _find(path: str) -> Source:
+    kinds = ", ".join((*LINE_KINDS, *TABLE_KINDS, *BINIDX_KINDS))
+    if path.startswith(HUB_PREFIX):
+        return Source(path, "hub")
+    suffix = Path(path).suffix
+    if "://" in path:
+        if suffix not in LINE_KINDS and suffix not in TABLE_KINDS:
+            raise UserError(f"data.path {path}: of a URL only {', '.join((*LINE_KINDS, *TABLE_KINDS))} can be read")
+        return Source(path, suffix)
+    local = Path(path)
+    if local.is_dir():
+        if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
+            return Source(path, "folder")
+        raise UserError(f"data.path {path} is a folder; name the files in it")
+    if suffix not in BINIDX_KINDS and local.with_name(local.name + ".bin").is_file() and not local.exists():
+        local, suffix = local.with_name(local.name + ".bin"), ".bin"
+    if not local.is_file():
+        raise UserError(f"data.path {path} does not exist{_nearest(local)}")
+    if suffix not in LINE_KINDS and suffix not in TABLE_KINDS and suffix not in BINIDX_KINDS:
+        raise UserError(f"data.path {path}: files of kind {suffix or 'none'} are not read; use {kinds}")
+    return Source(str(local), suffix)
+
+
+def _open(path: str) -> io.BufferedIOBase:
+    if "://" not in path:
+        return open(path, "rb")
+    import fsspec
+
+    with _blame(path):
+        return fsspec.open(path, "rb").open()
+
+
+def _read_jsonl(path: str) -> Iterator[Record]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield _parse_line(f"{path}:{number}", line)
+
+
+def _parse_line(place: str, line: bytes) -> Record:
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return Record(place, None, f"not UTF-8 (byte {line[error.start]:#04x} at {error.start})")
+    except json.JSONDecodeError as error:
+        return Record(place, None, f"not JSON ({error.msg} at column {error.colno})")
+    except RecursionError:
+        return Record(place, None, "JSON nested too deeply")
+    if not isinstance(fields, dict):
+        return Record(place, None, f"a line must be a JSON object, got {type(fields).__name__}")
+    return Record(place, fields)
+
+
+def _read_txt(path: str) -> Iterator[Record]:
+    with _open(path) as file:
+        data = file.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line}: not UTF-8 (byte {data[error.start]:#04x}); convert it, e.g. with iconv -t utf-8"
+        ) from None
+    text, line, start = text.replace("\r\n", "\n"), 1, 0
+    for gap in [*TEXT_BREAK.finditer(text), None]:
+        part = text[start : gap.start() if gap else len(text)]
+        if part.strip():
+            leading = len(part) - len(part.lstrip("\n"))
+            yield Record(f"{path}:{line + leading}", {"text": part.strip("\n")})
+        if gap:
+            line += part.count("\n") + len(gap[0])
+            start = gap.end()
+
+
+def _read_table(source: Source, data: DataConfig) -> Iterator[Record]:
+    import datasets
+
+    with _blame(source.path):
+        if source.kind == "folder":
+            table = datasets.load_from_disk(source.path)
+        elif source.kind == "hub":
+            name = source.path.removeprefix(HUB_PREFIX)
+            table = datasets.load_dataset(name, data.subset, split=data.split, streaming=data.streaming)
+        else:
+            kind = TABLE_KINDS[source.kind]
+            table = datasets.load_dataset(kind, data_files=[source.path], split="train", streaming=True)
+        if isinstance(table, dict):
+            if data.split not in table:
+                raise UserError(f"data.path {source.path} has no split {data.split!r}, only {', '.join(table)}")
+            table = table[data.split]
+        for number, fields in enumerate(table, 1):
+            yield Record(f"{source.path} row {number}", dict(fields))
+
+
+@contextmanager
+def _blame(path: str) -> Iterator[None]:
+    """Turn whatever a reading library raises into one line that names the path."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001  datasets, fsspec and their readers raise anything at all
+        raise UserError(f"data.path {path} cannot be read: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _nearest(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, 1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

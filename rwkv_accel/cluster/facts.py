@@ -1,0 +1,127 @@
+"""What must be equal on every node of a run: code, versions, recipe, GPUs, and the files that the recipe names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rwkv_accel.config.load import dump_config, load_config
+from rwkv_accel.config.schema import RunConfig
+
+# Other versions of these change numbers, file formats or the wire; the rest may differ.
+PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "triton", "safetensors")
+PACKAGE_ROOT = Path(__file__).parents[1]
+NOT_INSTALLED = "not installed"
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """One node as the others see it."""
+
+    node: int
+    hostname: str
+    versions: dict[str, str]
+    code: str
+    recipe: str | None
+    num_gpus: int
+    missing: tuple[str, ...]
+    """Paths of the recipe that this node cannot see."""
+
+    @property
+    def name(self) -> str:
+        return f"node {self.node} ({self.hostname})"
+
+    def dumps(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str | bytes) -> NodeFacts:
+        tree = json.loads(text)
+        return cls(**{**tree, "missing": tuple(tree["missing"])})
+
+
+def gather_facts(node: int, config: RunConfig | None) -> NodeFacts:
+    """The facts of this machine; a second or less."""
+    import torch
+
+    return NodeFacts(
+        node=node,
+        hostname=socket.gethostname(),
+        versions=versions(),
+        code=code_digest(),
+        recipe=hashlib.sha256(dump_config(config).encode()).hexdigest() if config else None,
+        num_gpus=torch.cuda.device_count(),
+        missing=tuple(missing_paths(config)) if config else (),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of python and of the packages that must agree."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def code_digest(root: Path = PACKAGE_ROOT) -> str:
+    """sha256 over the names and bytes of every python file of the package."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def read_recipe(arguments: Sequence[str]) -> RunConfig | None:
+    """The recipe in the arguments of an entry point (`recipe.yaml key.sub=value ...`), or None without one.
+
+    Raises:
+        UserError: the recipe is wrong.
+    """
+    positional = [a for a in arguments if not a.startswith("-")]
+    if not positional or "=" in positional[0]:
+        return None
+    return load_config(positional[0], positional[1:])
+
+
+def missing_paths(config: RunConfig) -> list[str]:
+    """Local files that the recipe reads and this machine does not have."""
+    data = [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
+    paths = [p for p in (*data, config.model.path, config.peft.load_path) if p and "://" not in p]
+    return [p for p in paths if not Path(p).exists()]
+
+
+def compare(nodes: Sequence[NodeFacts]) -> list[str]:
+    """One line per difference to the first node and per missing file, each naming the node."""
+    first, problems = nodes[0], []
+    for facts in nodes:
+        problems += [
+            f"{facts.name} does not have {path}, which the recipe names; mount or copy it there"
+            for path in facts.missing
+        ]
+    for facts in nodes[1:]:
+        for name, value in first.versions.items():
+            other = facts.versions.get(name, NOT_INSTALLED)
+            if other != value:
+                problems.append(f"{facts.name} has {name} {other}, {first.name} has {value}; use one environment")
+        if facts.code != first.code:
+            problems.append(f"{facts.name} runs other rwkv_accel code than {first.name}; update it there")
+        if facts.recipe != first.recipe:
+            problems.append(f"{facts.name} runs another recipe than {first.name}; give all nodes the same command")
+        if facts.num_gpus != first.num_gpus:
+            problems.append(
+                f"{facts.name} has {facts.num_gpus} GPUs, {first.name} has {first.num_gpus}; "
+                "check the driver there, or leave the node out"
+            )
+    return problems
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return NOT_INSTALLED

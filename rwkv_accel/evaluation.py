@@ -1,0 +1,83 @@
+"""Exact validation loss of a model over data rows, under every strategy and on any number of processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rwkv_accel.data.loader import TrainLoader
+from rwkv_accel.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Sums over all target tokens of a data set, and what follows from them."""
+
+    name: str
+    loss_sum: float
+    """Negative log-likelihood in nats."""
+    num_targets: int
+    num_bytes: int
+    """Bytes of the text that the targets decode to."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per target token."""
+        return self.loss_sum / max(self.num_targets, 1)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return self.loss_sum / math.log(2) / max(self.num_bytes, 1)
+
+
+def token_lengths(tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:
+    """Bytes of each token [vocab_size]; 0 for end of text and for ids that the tokenizer does not have."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    for token in range(1, min(tokenizer.vocab_size, vocab_size)):
+        lengths[token] = len(tokenizer.decode_bytes([token]))
+    return lengths
+
+
+def evaluate(
+    accelerator: Accelerator,
+    model: Any,
+    loader: TrainLoader,
+    lengths_V: torch.Tensor,
+    *,
+    name: str,
+    limit_batches: int | None = None,
+) -> EvalResult:
+    """Loss over the loader's rows, or the first limit_batches windows of them. Collective.
+
+    Every target token counts once and with the same weight, however the rows are spread. The model comes back in
+    the mode it was in; dropout is off meanwhile.
+    """
+    was_training = model.training
+    model.eval()
+    device = accelerator.device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    lengths_V = lengths_V.to(device)
+    with torch.no_grad():
+        for index, window in enumerate(loader.windows(0, 0)):
+            if index == limit_batches:
+                break
+            for batch in window.batches:
+                labels = batch.labels_BT
+                targets = labels.clamp_min(0)
+                sums[0] += model(batch.ids_BT, labels, cu_seqlens=batch.cu_seqlens)
+                sums[1] += batch.num_targets
+                sums[2] += lengths_V[targets].masked_fill(labels < 0, 0).sum()
+    model.train(was_training)
+    loss_sum, num_targets, num_bytes = accelerator.reduce(sums, "sum").tolist()
+    return EvalResult(name, loss_sum, int(num_targets), int(num_bytes))

@@ -1,0 +1,1 @@
+"""Text generation: batched decoding, sampling, beam search, conversations and batch jobs."""

@@ -1,0 +1,182 @@
+"""What the command line does with a loaded model: print replies, chat, run batch jobs, stop cleanly on a signal."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+
+from rwkv_accel.data.template import TURN_END, chat_prompt
+from rwkv_accel.generation.beam import BeamParams, beam_search
+from rwkv_accel.generation.chat import Chat, chat_loop
+from rwkv_accel.generation.engine import Completion, Memory, Request, TextGenerator
+from rwkv_accel.generation.jobs import run_job
+from rwkv_accel.generation.loading import (
+    Source,
+    default_device,
+    find_source,
+    load_generator_model,
+    load_time_state,
+    model_id,
+)
+from rwkv_accel.generation.memory_file import load_memory, save_memory
+from rwkv_accel.generation.params import SamplingParams
+
+ROLES = ("User:", "System:")
+
+
+def format_prompt(prompt: str, raw: bool) -> str:
+    """The text the model reads: a question in the chat template, or the prompt as it is.
+
+    A prompt that is written with roles already ("User: ...") only gets the `Assistant:` it ends with.
+    """
+    if raw:
+        return prompt
+    if prompt.startswith(ROLES):
+        return prompt if "Assistant:" in prompt.rsplit("\n\n", 1)[-1] else prompt.rstrip() + "\n\nAssistant:"
+    return chat_prompt(prompt)
+
+
+def run(args: argparse.Namespace, params: SamplingParams) -> int:
+    """Everything after the command line was checked; returns the exit code (128 + signal if interrupted)."""
+    source = find_source(args.path, base=args.base, adapter=args.adapter)
+    model, tokenizer = load_generator_model(
+        source, precision=args.precision, device=args.device or default_device(), tokenizer=args.tokenizer
+    )
+    generator = TextGenerator(model, tokenizer, batch_size=args.batch_size)
+    start = _start(args, source, generator)
+    with stop_on_signal(generator) as signals:
+        if args.input:
+            _job(args, generator, params)
+        elif args.chat:
+            _chat(args, generator, params, start, source, signals)
+        elif args.num_beams:
+            _beams(args, generator, params)
+        else:
+            _print_replies(args, generator, params, start, source)
+    return 128 + signals.received[0] if signals.received else 0
+
+
+def _start(args: argparse.Namespace, source: Source, generator: TextGenerator) -> Memory | None:
+    if args.memory:
+        return load_memory(args.memory, generator.model, model_id=model_id(source))
+    if args.time_state:
+        return Memory(load_time_state(args.time_state, generator.model))
+    return None
+
+
+def _print_replies(
+    args: argparse.Namespace, generator: TextGenerator, params: SamplingParams, start: Memory | None, source: Source
+) -> None:
+    """Print the reply to each prompt, a single one as it comes."""
+    requests = [
+        Request(
+            _continued(format_prompt(prompt, args.raw), args),
+            replace(params, seed=params.seed + index),
+            memory=start,
+            keep_memory=args.save_memory is not None,
+        )
+        for index, prompt in enumerate(args.prompts)
+    ]
+    done: dict[int, Completion] = {}
+    for piece in generator.run(requests):
+        if len(requests) == 1:
+            _show(piece.text)
+        if piece.completion is not None:
+            done[piece.index] = piece.completion
+    if len(requests) == 1:
+        _show("\n")
+        memory = done[0].memory if done else None
+        if memory is not None:
+            save_memory(memory, args.save_memory, model_id=model_id(source))
+        return
+    for index, completion in sorted(done.items()):
+        _show(f"[{index + 1}] {args.prompts[index]}\n{completion.text.strip()}\n\n")
+
+
+def _beams(args: argparse.Namespace, generator: TextGenerator, params: SamplingParams) -> None:
+    beam_params = BeamParams(
+        num_beams=args.num_beams,
+        num_best=args.num_best,
+        max_new_tokens=params.max_new_tokens,
+        length_penalty=args.length_penalty,
+        early_stop=not args.no_early_stop,
+        stop=params.stop,
+    )
+    for prompt in args.prompts:
+        for hypothesis in beam_search(generator, format_prompt(prompt, args.raw), beam_params):
+            _show(f"{hypothesis.score:.4f} {hypothesis.text.strip()}\n")
+
+
+def _continued(prompt: str, args: argparse.Namespace) -> str:
+    """A further turn of a kept conversation begins with the blank line that ends the last one."""
+    return TURN_END + prompt if args.memory and not args.raw else prompt
+
+
+def _chat(
+    args: argparse.Namespace,
+    generator: TextGenerator,
+    params: SamplingParams,
+    start: Memory | None,
+    source: Source,
+    signals: Signals,
+) -> None:
+    def read() -> str | None:
+        signals.is_reading = True
+        try:
+            return input()
+        except (EOFError, KeyboardInterrupt):
+            return None
+        finally:
+            signals.is_reading = False
+
+    def save(memory: Memory, path: str) -> None:
+        save_memory(memory, path, model_id=model_id(source))
+
+    chat_loop(Chat(generator, params, start, is_first=args.memory is None), read, sys.stdout, save)
+    _show("\n")
+
+
+def _job(args: argparse.Namespace, generator: TextGenerator, params: SamplingParams) -> None:
+    source, target = Path(args.input), Path(args.output)
+    count = run_job(generator, source, target, params, format_prompt, raw=args.raw)
+    where = f"{target}.tmp; start the same command again to go on" if generator.interrupted else target
+    _show(f"{count} replies in {where}\n")
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@dataclass
+class Signals:
+    """What came from outside."""
+
+    received: list[int] = field(default_factory=list)
+    is_reading: bool = False
+    """Waiting for the keyboard: a signal must end that at once."""
+
+
+@contextmanager
+def stop_on_signal(generator: TextGenerator) -> Iterator[Signals]:
+    """SIGINT and SIGTERM end generation after the current token, a second one at once."""
+    signals = Signals()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        signals.received.append(number)
+        generator.interrupted = True
+        if signals.is_reading or len(signals.received) > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

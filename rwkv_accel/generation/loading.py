@@ -1,0 +1,166 @@
+"""From what a user names (a run, an adapter folder, a checkpoint) to a model and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rwkv_accel.checkpoint.weights import base_checkpoint, latest_weights
+from rwkv_accel.config.load import load_config
+from rwkv_accel.config.schema import ModelConfig, RunConfig
+from rwkv_accel.data.tokenizer import Tokenizer, build_tokenizer
+from rwkv_accel.errors import UserError
+from rwkv_accel.generation.packed import pack_linears
+from rwkv_accel.model.io import checkpoint_digest, load_model, read_checkpoint
+from rwkv_accel.model.precision import Precision
+from rwkv_accel.model.rwkv7 import RWKV7
+from rwkv_accel.model.state import RWKV7State
+from rwkv_accel.peft.adapter_file import META_FILE, read_meta
+from rwkv_accel.peft.apply import load_model_and_apply_peft
+
+RUN_FILE = "run.yaml"
+INIT_FILE = "rwkv-init.pth"
+CHECKPOINT_SUFFIXES = (".pth", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files that make up one model."""
+
+    base: Path
+    """Checkpoint with the base weights, or the whole fine-tuned model."""
+    adapter: Path | None = None
+    """Adapter folder that goes onto the base."""
+    tokenizer: str | None = None
+    """Tokenizer that the run or the adapter was trained with; None: not known."""
+
+
+def find_source(path: str | Path, *, base: str | Path | None = None, adapter: str | Path | None = None) -> Source:
+    """Files behind a run folder (its newest save), an adapter folder, an epoch's folder or a checkpoint file.
+
+    `base` replaces the base that the run or the adapter names; `adapter` goes onto a checkpoint.
+
+    Raises:
+        UserError: nothing usable is there, or its base is gone.
+    """
+    path = Path(path)
+    base = None if base is None else Path(base)
+    if path.is_dir():
+        source = _of_folder(path, base)
+    elif path.suffix in CHECKPOINT_SUFFIXES or path.is_file():
+        source = Source(path)
+    else:
+        raise UserError(f"{path} does not exist; give a run folder, an adapter folder or a checkpoint file")
+    if base is not None:
+        source = Source(base, source.adapter, source.tokenizer)
+    if adapter is not None:
+        if source.adapter is not None:
+            raise UserError(
+                f"{path} already has the adapter {source.adapter}; give base model as PATH, or drop --adapter"
+            )
+        adapter = Path(adapter)
+        source = Source(source.base, adapter, read_meta(adapter).tokenizer or source.tokenizer)
+    if not source.base.is_file():
+        raise UserError(f"the base model {source.base} of {path} does not exist; give it with --base")
+    return source
+
+
+def load_generator_model(
+    source: Source, *, precision: str = "32-true", device: str = "cpu", tokenizer: str | None = None
+) -> tuple[RWKV7, Tokenizer]:
+    """The model, ready to generate, and its tokenizer.
+
+    Raises:
+        UserError: a file is broken, the adapter belongs to another base, or the tokenizer does not fit.
+    """
+    config = read_checkpoint(source.base).config
+    words = build_tokenizer(tokenizer or source.tokenizer or _guess_tokenizer(config.vocab_size))
+    if words.vocab_size > config.vocab_size:
+        raise UserError(
+            f"tokenizer {words.name} has {words.vocab_size} ids, {source.base} only {config.vocab_size}; "
+            "give the tokenizer that it was trained with (--tokenizer)"
+        )
+    dtypes = Precision.from_name(precision)
+    if source.adapter is None:
+        model = load_model(source.base, dtypes)
+    else:
+        peft = read_meta(source.adapter).config.model_copy(update={"load_path": str(source.adapter)})
+        model = load_model_and_apply_peft(ModelConfig(path=str(source.base)), peft, precision=dtypes)
+    model = model.requires_grad_(False).eval().to(device)
+    pack_linears(model)
+    return model, words
+
+
+def model_id(source: Source) -> str:
+    """What tells these weights from others: digests of the base and of the adapter. Reads the whole base."""
+    adapter = f"+{read_meta(source.adapter).sha256}" if source.adapter else ""
+    return checkpoint_digest(source.base) + adapter
+
+
+def load_time_state(path: str | Path, model: RWKV7) -> RWKV7State:
+    """Start state (one row) from a state-tuning file of `blocks.i.att.time_state` [H,N,N], any container.
+
+    Raises:
+        UserError: the file holds something else, or states of another model size.
+    """
+    checkpoint = read_checkpoint(path)
+    config = model.config
+    heads = (config.n_head, config.head_size, config.head_size)
+    expected = {f"blocks.{layer}.att.time_state": heads for layer in range(config.n_layer)}
+    if dict(checkpoint.shapes) != expected:
+        found = next((f"{n} {list(s)}" for n, s in checkpoint.shapes.items() if expected.get(n) != s), "fewer layers")
+        raise UserError(
+            f"{path} is no state for this model ({found}); it must hold exactly {config.n_layer} tensors "
+            f"blocks.i.att.time_state of shape {list(heads)}"
+        )
+    device = model.ln_out.weight.device
+    state = RWKV7State.zeros(config, 1, dtype=model.compute_dtype, device=device)
+    state.wkv = [checkpoint[name].to(state.wkv[0]).unsqueeze(0) for name in expected]
+    return state
+
+
+def default_device() -> str:
+    """cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _of_folder(folder: Path, base: Path | None) -> Source:
+    if (folder / META_FILE).is_file():
+        return _of_adapter(folder, base)
+    models = [folder / f"model{suffix}" for suffix in CHECKPOINT_SUFFIXES if (folder / f"model{suffix}").is_file()]
+    if models:
+        config = _config_above(folder)
+        return Source(models[0], tokenizer=config.data.tokenizer if config else None)
+    if (folder / RUN_FILE).is_file():
+        return _of_folder(latest_weights(folder), base)
+    raise UserError(f"{folder} is no run (no {RUN_FILE}) and no save (no {META_FILE}, no model.pth); give one of these")
+
+
+def _of_adapter(folder: Path, base: Path | None) -> Source:
+    meta, config = read_meta(folder), _config_above(folder)
+    candidates = [path for path in (base, Path(meta.base_path) if meta.base_path else None) if path]
+    if config is not None:
+        # The run may have moved since: what it started from may still lie in it or where its recipe says.
+        started_from = config.model.path
+        candidates.append(base_checkpoint(started_from) if started_from else folder.parent.parent / INIT_FILE)
+    tokenizer = meta.tokenizer or (config.data.tokenizer if config else None)
+    if not candidates:
+        raise UserError(f"adapter {folder} does not say where its base model is; give it with --base")
+    existing = [path for path in candidates if path.is_file()]
+    return Source((existing or candidates)[0], folder, tokenizer)
+
+
+def _config_above(folder: Path) -> RunConfig | None:
+    """Recipe of the run that a save (out_dir/adapter/epoch-0003) belongs to."""
+    recipe = folder.resolve().parent.parent / RUN_FILE
+    return load_config(recipe) if recipe.is_file() else None
+
+
+def _guess_tokenizer(vocab_size: int) -> str:
+    """The tokenizer whose models have this many rows. Raises UserError when none has."""
+    for name in ("world", "byte"):
+        if build_tokenizer(name).vocab_size == vocab_size:
+            return name
+    raise UserError(f"the model has {vocab_size} token ids, which fits no tokenizer; name it with --tokenizer")

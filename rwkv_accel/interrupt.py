@@ -1,0 +1,88 @@
+"""Stopping on a signal without losing anything.
+
+Before the first step and after the last one a signal ends the process at once: nothing is half done there. Between,
+it only raises a flag; all ranks agree on it at the next micro-batch, drop the window they are in, and the loop saves.
+A second signal, sent on its own at least a second later, ends the process immediately; what is on disk is whole at
+any moment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rwkv_accel.runtime import EXIT_STOPPED, stop_file
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# A terminal and a launcher both pass a Ctrl-C on: two signals within this time are one.
+SAME_SIGNAL_SECONDS = 1.0
+
+
+class StopRequest:
+    """The wish to stop, from a signal or from the stop file, and the ranks' agreement on it."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._received_at = 0.0
+        self._deferred = False
+        self._group: Any = None
+
+    def install(self) -> StopRequest:
+        """Take over SIGINT, SIGTERM and SIGUSR1; they end the process until `defer` is called."""
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+        return self
+
+    def defer(self, accelerator: Accelerator) -> None:
+        """From now on a signal is a request that `agreed` reports. Collective."""
+        if accelerator.num_processes > 1 and self._group is None:
+            # On the host: the question must not wait for the device.
+            self._group = torch.distributed.new_group(backend="gloo")
+        self._deferred = True
+
+    def release(self) -> None:
+        """Signals end the process again: everything is saved."""
+        self._deferred = False
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any rank wants to stop; the same answer on every rank. Collective, on the host only."""
+        path = stop_file()
+        if self.reason is None and path is not None and accelerator.is_main_process and path.exists():
+            self.reason = f"stop file {path}"
+        if self._group is None:
+            return self.reason is not None
+        flag = torch.tensor(int(self.reason is not None))
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if not self._deferred:
+            sys.stderr.write(f"stopped by {signal.Signals(number).name}; nothing was lost\n")
+            raise SystemExit(EXIT_STOPPED)
+        if self.reason is None:
+            self.reason, self._received_at = signal.Signals(number).name, now
+        elif now - self._received_at > SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+
+def generator_states(device: torch.device) -> list[Tensor]:
+    """States of the generators that a forward pass draws from (dropout)."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def set_generator_states(states: list[Tensor], device: torch.device) -> None:
+    """Go back to what generator_states read."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,156 @@
+"""loss_data.json: a JSON array that grows by one record per logged step and can be read at every moment.
+
+Two copies of the array take turns. A record goes into the hidden copy, together with the one that this copy missed
+before, and the finished copy then takes the visible name by an atomic rename. So whoever opens loss_data.json gets a
+complete array, whatever happens to the writer between two system calls or within one, and an append writes two
+records, however long the file is. A reader may keep the file open for a whole logging interval before the copy that
+it reads is written to again.
+
+Copies share the name through hard links. A filesystem without them gets one copy that is extended in place by a single
+write: valid again at once after each write, and repaired at the next start if the writer died within one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rwkv_accel.tracking.record import json_ready
+
+TAIL = b"\n]"
+
+
+class LossJson:
+    """Writer of one loss_data.json. One process at a time."""
+
+    def __init__(self, path: Path, resume_step: int):
+        """Keep the records up to resume_step, drop the later ones, and be ready to append.
+
+        Reads the file once; what is left of a torn write is dropped and counted in `num_damaged`.
+        """
+        self.num_damaged = 0
+        self._path, self._link = path, path.with_name(f".{path.name}.link")
+        self._names = [path.with_name(f".{path.name}.{k}") for k in (0, 1)]
+        self._is_empty = True
+        self._missed = b""
+        self._build(resume_step)
+
+    @property
+    def has_two_copies(self) -> bool:
+        """False on a filesystem without hard links."""
+        return len(self._copies) == 2
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one record. Cost does not depend on the length of the file. NaN and infinities become null."""
+        text = json.dumps(json_ready(record), allow_nan=False).encode()
+        entry = (b"\n" if self._is_empty else b",\n") + text
+        self._is_empty = False
+        if not self.has_two_copies:
+            self._copies[0].extend(entry)
+            return
+        self._copies.reverse()
+        self._names.reverse()
+        self._copies[0].extend(self._missed + entry)
+        self._missed = entry
+        self._publish()
+
+    def close(self) -> None:
+        """Leave the visible file alone in the folder."""
+        for copy in self._copies:
+            copy.close()
+        for name in [*self._names, self._link]:
+            name.unlink(missing_ok=True)
+
+    def _build(self, resume_step: int) -> None:
+        # The kept records are written anew: nothing depends on what a killed writer left beside the file.
+        for name in [*self._names, self._link]:
+            name.unlink(missing_ok=True)
+        first = _Copy(self._names[0])
+        for line in self._kept_lines(resume_step):
+            first.write((b"\n" if self._is_empty else b",\n") + line)
+            self._is_empty = False
+        first.finish()
+        try:
+            os.link(self._names[0], self._link)
+        except OSError:
+            os.replace(self._names[0], self._path)
+            self._copies = [first]
+            return
+        self._copies = [first, first.duplicate(self._names[1])]
+        os.replace(self._link, self._path)
+
+    def _publish(self) -> None:
+        os.link(self._names[0], self._link)
+        os.replace(self._link, self._path)
+
+    def _kept_lines(self, resume_step: int) -> Iterator[bytes]:
+        if not self._path.exists():
+            return
+        with open(self._path, "rb") as file:
+            for raw in file:
+                line = raw.strip().rstrip(b",]")  # a torn write may have left `},]`
+                if line in (b"", b"["):
+                    continue
+                record = _parse(line)
+                if record is None:
+                    self.num_damaged += 1
+                elif record["step"] <= resume_step:
+                    yield line
+
+
+class _Copy:
+    """One file that holds `[`, the records, and TAIL."""
+
+    def __init__(self, path: Path):
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._buffer = bytearray(b"[")
+        self._end = 0
+
+    def write(self, data: bytes) -> None:
+        """Buffered, while the file is being built."""
+        self._buffer += data
+        if len(self._buffer) > 1 << 20:
+            self._flush()
+
+    def finish(self) -> None:
+        self._flush()
+        _write_at(self._fd, TAIL, self._end)
+        os.fsync(self._fd)
+
+    def extend(self, data: bytes) -> None:
+        _write_at(self._fd, data + TAIL, self._end)
+        self._end += len(data)
+
+    def duplicate(self, path: Path) -> _Copy:
+        other, offset = _Copy(path), 0
+        other._buffer.clear()
+        while offset < self._end:
+            other.write(os.pread(self._fd, min(1 << 20, self._end - offset), offset))
+            offset = other._end + len(other._buffer)
+        other.finish()
+        return other
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _flush(self) -> None:
+        _write_at(self._fd, bytes(self._buffer), self._end)
+        self._end += len(self._buffer)
+        self._buffer.clear()
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

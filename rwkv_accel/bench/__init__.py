@@ -1,0 +1,11 @@
+"""Speed and memory, measured: python -m rwkv_accel.bench. One file per case; each has measure(options) -> rows."""
+
+CASES = {
+    "wkv7": ("rwkv_accel.bench.wkv7", "WKV-7 forward and backward, and its peak memory: chunked against reference"),
+    "loss": ("rwkv_accel.bench.loss", "cross-entropy over a large head: row chunks against all logits at once"),
+    "train": ("rwkv_accel.bench.train", "a LoRA training step of a 0.1B-shaped model, by WKV backend"),
+    "start": ("rwkv_accel.bench.start", "from the command to the first update of the demo"),
+    "peft": ("rwkv_accel.bench.peft", "adapter layers against nn.Linear and HF peft"),
+    "decode": ("rwkv_accel.bench.decode", "generation against the pip package rwkv"),
+    "data": ("rwkv_accel.bench.data", "text to batches, and start-up on ten million documents"),
+}

@@ -1,0 +1,88 @@
+"""Measure speed and memory: python -m rwkv_accel.bench [case ...] [--json FILE]"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rwkv_accel.bench import CASES
+from rwkv_accel.errors import UserError
+from rwkv_accel.runtime import fail
+
+if TYPE_CHECKING:
+    from rwkv_accel.bench.harness import Row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    listing = "\n".join(f"  {name:12} {what}" for name, (_, what) in CASES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m rwkv_accel.bench",
+        description="Measure speed and memory. Ratios compare with a named baseline within the same run.",
+        epilog=f"cases:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("cases", nargs="*", metavar="case", help="what to measure (default: everything)")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
+    args = parser.parse_args(argv)
+    if args.list:
+        print(listing)
+        return 0
+    unknown = [name for name in args.cases if name not in CASES]
+    if unknown or args.repeats < 1 or args.threads < 1:
+        problem = f"no case {unknown[0]}; there are {', '.join(CASES)}" if unknown else "--repeats and --threads: >= 1"
+        return fail(UserError(problem))
+    return _measure(args)
+
+
+def _measure(args: argparse.Namespace) -> int:
+    import torch
+
+    from rwkv_accel.bench.harness import Options, ParityError, hardware
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return fail(UserError("--device cuda: no GPU is visible here; these rows stay not measured"))
+    torch.set_num_threads(args.threads)
+    options = Options(args.repeats, args.threads, args.device)
+    print(hardware(options))
+    print("\n| case | what | value | baseline | ratio |\n|---|---|---|---|---|")
+    rows: dict[str, list[dict[str, object]]] = {}
+    failed = False
+    for name in args.cases or CASES:
+        module, _ = CASES[name]
+        try:
+            measured: list[Row] = importlib.import_module(module).measure(options)
+        except UserError as error:  # a baseline that is not installed
+            print(f"| {name} | not measured: {error} | | | |", flush=True)
+            continue
+        except ParityError as error:
+            failed = True
+            print(f"| {name} | **not reported: the candidates disagree** {error} | | | |")
+            continue
+        for row in measured:
+            ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
+            note = f" ({row.note})" if row.note else ""
+            print(f"| {name} | {row.name}{note} | {row.value:,.4g} {row.unit} | {row.baseline} | {ratio} |", flush=True)
+        rows[name] = [asdict(row) for row in measured]
+    if args.json:
+        document = {"hardware": hardware(options), "rows": rows}
+        draft = args.json.with_name(args.json.name + ".tmp")
+        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, args.json)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Decode and prefill speed against the pip package `rwkv` on the same checkpoint and device, after a parity check.
+
+Candidates take turns in one process, so that a busy machine slows all of them; the best of the rounds counts.
+Shapes: R rows, V vocab.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkv_accel.bench.harness import Options, Row, in_fresh_process
+from rwkv_accel.errors import UserError
+from rwkv_accel.generation.decode import RecurrentStep
+from rwkv_accel.generation.loading import Source, load_generator_model
+from rwkv_accel.generation.prefill import prefill
+from rwkv_accel.model.config import RWKV7Config
+from rwkv_accel.model.init import generate_init_weight
+from rwkv_accel.model.rwkv7 import RWKV7
+
+PACKAGE = "rwkv package"
+SHAPE = (12, 768, 65536, 64)
+PARITY = 1e-3
+"""Largest difference of logits, relative to their norm, at which speeds are compared at all."""
+
+
+def measure(options: Options) -> list[Row]:
+    """Random weights in the shape of the 0.1B model, fp32 on the CPU; in a process where the package is switched on."""
+    arguments = {"threads": options.threads, "rounds": options.repeats}
+    found = in_fresh_process(__name__, arguments, variables={"RWKV_V7_ON": "1"})["rows"]
+    return [
+        Row(
+            f"{row['name']}, 0.1B shape",
+            row["tokens_per_second"],
+            "tokens/s",
+            "" if PACKAGE in row["name"] else PACKAGE,
+            None if PACKAGE in row["name"] else row["ratio"],
+        )
+        for row in found
+    ]
+
+
+def decode_rows(
+    checkpoint: str | Path, *, batches: tuple[int, ...] = (1, 8, 64), prompt_tokens: int = 256, rounds: int = 10
+) -> list[dict[str, Any]]:
+    """One row per case: `name`, `tokens_per_second` over all rows of the batch, `ratio` to the package (fp32, CPU).
+
+    The package decodes one row at a time, so its batch-1 speed is the base of every decode ratio.
+
+    Raises:
+        UserError: the package is not installed or was imported without RWKV_V7_ON=1, or the logits differ.
+    """
+    package = _package_model(Path(checkpoint))
+    model, _ = load_generator_model(Source(Path(checkpoint)))
+    recurrent = RecurrentStep(model)
+    vocab_size = model.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(1, vocab_size, (prompt_tokens,), generator=generator).tolist()
+    with torch.inference_mode():
+        _check_parity(model, recurrent, package, prompt[:16])
+        states = {rows: model.fresh_state(rows) for rows in batches}
+        ids = {rows: torch.randint(1, vocab_size, (rows,), generator=generator) for rows in batches}
+        package_state = package.generate_zero_state()
+        cases: dict[str, tuple[int, Callable[[], Any]]] = {
+            f"decode, {PACKAGE}": (1, lambda: package.forward([1], package_state)),
+            f"prefill, {PACKAGE}": (prompt_tokens, lambda: package.forward(list(prompt), None)),
+            "prefill": (prompt_tokens, lambda: prefill(model, [prompt], model.fresh_state(1))),
+        }
+        for rows in batches:
+            cases[f"decode, batch {rows}"] = (rows, partial(recurrent.step, ids[rows], states[rows]))
+        best = _take_turns({name: run for name, (_, run) in cases.items()}, rounds)
+    speeds = {name: tokens / best[name] for name, (tokens, _) in cases.items()}
+    return [
+        {"name": name, "tokens_per_second": speed, "ratio": speed / speeds[f"{name.split(',')[0]}, {PACKAGE}"]}
+        for name, speed in speeds.items()
+    ]
+
+
+def _package_model(checkpoint: Path) -> Any:
+    try:
+        from rwkv import model as package
+    except ImportError:
+        raise UserError("the comparison needs the package rwkv; pip install rwkv==0.8.32") from None
+    if not hasattr(package, "RWKV_x070"):
+        raise UserError("the package rwkv reads its switches at import; start again with RWKV_V7_ON=1 in front")
+    if checkpoint.suffix != ".pth":
+        raise UserError(f"the package rwkv reads .pth files only, not {checkpoint}; export it first")
+    return package.RWKV(model=str(checkpoint.with_suffix("")), strategy="cpu fp32")
+
+
+def _check_parity(model: RWKV7, recurrent: RecurrentStep, package: Any, prompt: list[int]) -> None:
+    theirs, their_state = package.forward(list(prompt), None)
+    logits_RV, state = prefill(model, [prompt], model.fresh_state(1))
+    pairs = [(logits_RV[0], theirs)]
+    pairs.append((recurrent.step(torch.tensor([7]), state)[0][0], package.forward([7], their_state)[0]))
+    for ours, want in pairs:
+        difference = float((ours - want).norm() / want.norm())
+        if not difference < PARITY:
+            raise UserError(f"logits differ from the package's by {difference:.1e} (relative); speeds mean nothing")
+
+
+def _take_turns(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Seconds of the fastest call of each; one round before the first is not counted."""
+    best = dict.fromkeys(cases, float("inf"))
+    for round_index in range(rounds + 1):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            run()
+            if round_index:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def _run(arguments: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(arguments["threads"])
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "random.pth"
+        generate_init_weight(RWKV7Config.for_new_model(*SHAPE), checkpoint, seed=0)
+        return {"rows": decode_rows(checkpoint, rounds=arguments["rounds"])}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_run(json.loads(sys.argv[1]))) + "\n")

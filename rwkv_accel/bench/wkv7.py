@@ -1,0 +1,73 @@
+"""WKV-7 forward and backward on the shapes of the 0.1B model, and on packed documents.
+
+The baseline is autograd of the token-by-token loop on inputs taken apart once; indexing `x[:, t]` in it would make it
+quadratic in T and easy to beat.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rwkv_accel.bench.harness import (
+    Options,
+    Row,
+    check_parity,
+    device_wait,
+    interleaved,
+    peak_tensor_mib,
+)
+from rwkv_accel.ops.wkv7 import BACKENDS, wkv7
+
+SHAPES = ((2, 512, 12, 64), (1, 4096, 12, 64))
+DOCUMENTS = (700, 40, 1500, 300, 96, 1000, 460)
+"""Lengths in the packed row: [1, 4096] tokens in all."""
+TOLERANCE = 1e-4
+BASELINE = "reference (autograd)"
+
+
+def inputs(shape: tuple[int, ...], device: str) -> list[Tensor]:
+    """r, w_log, k, v, a, b as a model makes them: unit kappa, decays over their whole range."""
+    generator = torch.Generator().manual_seed(0)
+    r, w, k, v, kappa, iclr = (torch.randn(shape, generator=generator) for _ in range(6))
+    kappa = torch.nn.functional.normalize(kappa, dim=-1)
+    w_log = -0.6065306597 * torch.sigmoid(w)
+    tensors = [r, w_log, k, v, -kappa, kappa * torch.sigmoid(iclr)]
+    return [t.to(device).requires_grad_() for t in tensors]
+
+
+def run(tensors: list[Tensor], backend: str, cu_seqlens: Tensor | None = None) -> list[Tensor]:
+    """Output, final state and the six gradients."""
+    out, state = wkv7(*tensors, cu_seqlens=cu_seqlens, backend=backend)
+    grads = torch.autograd.grad(out.square().sum() + state.square().sum(), tensors)
+    return [out.detach(), state.detach(), *grads]
+
+
+def measure(options: Options) -> list[Row]:
+    rows = []
+    for shape in SHAPES:
+        rows += _compare(inputs(shape, options.device), None, "B={} T={} H={} N={}".format(*shape), options)
+    borders = torch.tensor([0, *DOCUMENTS]).cumsum(0)
+    packed = inputs((1, sum(DOCUMENTS), *SHAPES[1][2:]), options.device)
+    return rows + _compare(packed, borders, f"{len(DOCUMENTS)} packed documents, T={sum(DOCUMENTS)}", options)
+
+
+def _compare(tensors: list[Tensor], cu_seqlens: Tensor | None, label: str, options: Options) -> list[Row]:
+    candidates = {name: partial(run, tensors, name, cu_seqlens) for name in BACKENDS}
+    truth = candidates["reference"]()
+    for name, candidate in candidates.items():
+        check_parity(f"{name}, {label}", candidate(), truth, TOLERANCE)
+    seconds = interleaved(candidates, options.repeats, device_wait(options.device))
+    peaks = {name: peak_tensor_mib(candidate, options.device) for name, candidate in candidates.items()}
+    return [
+        *(_row(f"{name}, {label}", name, 1e3, seconds, "ms") for name in candidates),
+        *(_row(f"{name} peak memory, {label}", name, 1.0, peaks, "MiB") for name in candidates),
+    ]
+
+
+def _row(label: str, name: str, scale: float, values: dict[str, float], unit: str) -> Row:
+    if name == "reference":
+        return Row(label, scale * values[name], unit)
+    return Row(label, scale * values[name], unit, BASELINE, values["reference"] / values[name])

@@ -1,0 +1,191 @@
+"""What one machine can do: versions, devices, dtypes, kernels, memory, disk, trackers, stale build locks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from rwkv_accel.cluster.facts import NOT_INSTALLED, missing_paths, versions
+from rwkv_accel.config.schema import RunConfig
+from rwkv_accel.doctor.report import Check
+from rwkv_accel.errors import UserError
+from rwkv_accel.ops.wkv7 import BACKENDS, select_backend, wkv7
+from rwkv_accel.tracking.trackers import check_trackers
+
+GIB = 2**30
+NEEDED_PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "safetensors")
+LOW_DISK_GIB = 10
+LOW_SHM_GIB = 1
+STALE_LOCK_SECONDS = 600
+# Largest relative difference between two fp32 implementations of the recurrence.
+KERNEL_TOLERANCE = 1e-3
+
+
+def examine_machine(config: RunConfig | None) -> list[Check]:
+    """All checks of this machine; a few seconds."""
+    return [
+        *check_packages(),
+        *check_devices(),
+        *check_dtypes(main_device()),
+        *check_kernels(main_device()),
+        *check_memory(),
+        *check_disk(Path(config.out_dir) if config else Path(".")),
+        *check_build_locks(extensions_folder()),
+        *check_tracking(config),
+        *check_recipe_files(config),
+    ]
+
+
+def main_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(index: int) -> str:
+    """The device that the process with this local rank uses."""
+    if torch.cuda.is_available():
+        return f"cuda:{index} {torch.cuda.get_device_name(index)}"
+    return f"cpu ({os.cpu_count()} cores)"
+
+
+def check_packages() -> list[Check]:
+    found = versions()
+    absent = [name for name in NEEDED_PACKAGES if found[name] == NOT_INSTALLED]
+    text = ", ".join(f"{name} {version}" for name, version in found.items())
+    if absent:
+        return [Check("packages", "FAIL", f"{', '.join(absent)} missing; run `pip install -e .` in the repository")]
+    return [Check("packages", "ok", text)]
+
+
+def check_devices() -> list[Check]:
+    if not torch.cuda.is_available():
+        return [Check("devices", "note", f"no GPU: runs on {device_name(0)}")]
+    checks = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        text = f"{device_name(index)}, sm_{major}{minor}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        busy = free < total / 2
+        remedy = "; another process holds the rest: see nvidia-smi"
+        checks.append(Check("devices", "WARN" if busy else "ok", text + remedy * busy))
+    return checks
+
+
+def check_dtypes(device: torch.device) -> list[Check]:
+    """Which dtypes multiply on the device, by doing it."""
+    works: list[str] = []
+    refused: list[str] = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        try:
+            square = torch.eye(16, dtype=dtype, device=device) * 2
+            good = bool(((square @ square).float() == 4 * torch.eye(16, device=device)).all())
+        except RuntimeError:
+            good = False
+        (works if good else refused).append(name)
+    if "bfloat16" in refused:
+        text = f"no bfloat16 on {device.type}; use trainer.precision=32-true"
+        return [Check("dtypes", "WARN", text)]
+    return [Check("dtypes", "ok", f"{', '.join(works)} work on {device.type}")]
+
+
+def check_kernels(device: torch.device) -> list[Check]:
+    """Each backend of the recurrence that runs here, compared with the reference."""
+    chosen, reason = select_backend("auto", device.type)
+    checks = [Check("kernels", "ok", f"wkv7 on {device.type}: {chosen} ({reason})")]
+    inputs = _recurrence_inputs(device)
+    want = wkv7(*inputs, backend="reference")[0]
+    for name in BACKENDS:
+        try:
+            select_backend(name, device.type)
+            got = wkv7(*inputs, backend=name)[0]
+        except (ValueError, RuntimeError) as error:
+            text = f"{name} does not run here: {str(error).splitlines()[0]}"
+            checks.append(Check("kernels", "FAIL" if name == chosen else "note", text))
+            continue
+        difference = float((got - want).abs().max() / want.abs().max())
+        wrong = not difference < KERNEL_TOLERANCE
+        text = f"{name}: relative difference to the reference {difference:.1e}"
+        remedy = "; take model.wkv_backend=reference and report it"
+        checks.append(Check("kernels", "FAIL" if wrong else "ok", text + remedy * wrong))
+    return checks
+
+
+def _recurrence_inputs(device: torch.device) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    r, k, v, removal = (torch.randn(1, 33, 2, 64, generator=generator) for _ in range(4))
+    w_log = -0.6 * torch.rand(1, 33, 2, 64, generator=generator) - 1e-3
+    removal = torch.nn.functional.normalize(removal, dim=-1)
+    return [x.to(device) for x in (r, w_log, k, v, -removal, removal * 0.5)]
+
+
+def check_memory() -> list[Check]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    checks = [Check("memory", "ok", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available")]
+    shm = Path("/dev/shm")
+    if shm.is_dir():
+        free = shutil.disk_usage(shm).free / GIB
+        low = free < LOW_SHM_GIB
+        remedy = "; NCCL uses it between the GPUs of a node: in a container give --shm-size 8g or --ipc host"
+        checks.append(Check("memory", "WARN" if low else "ok", f"/dev/shm has {free:.1f} GiB free" + remedy * low))
+    return checks
+
+
+def check_disk(folder: Path) -> list[Check]:
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not os.access(existing, os.W_OK):
+        return [Check("disk", "FAIL", f"{existing} cannot be written; choose another out_dir")]
+    free = shutil.disk_usage(existing).free / GIB
+    low = free < LOW_DISK_GIB
+    remedy = f"; checkpoints may need more: keep {LOW_DISK_GIB} GiB free, or choose another out_dir"
+    return [Check("disk", "WARN" if low else "ok", f"{folder} has {free:.1f} GiB free" + remedy * low)]
+
+
+def extensions_folder() -> Path:
+    """Where compiled extensions of torch and DeepSpeed are cached."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    probe = Path(_get_build_directory("rwkv_accel_doctor", verbose=False))
+    probe.rmdir()
+    return probe.parent
+
+
+def check_build_locks(folder: Path) -> list[Check]:
+    """Locks that a killed build left behind; whoever builds next waits for them for ever."""
+    now = time.time()
+    locks = [(path, now - path.stat().st_mtime) for path in sorted(folder.glob("*/lock"))]
+    checks = [
+        Check("builds", "WARN", f"stale lock {path} ({age / 60:.0f} min old): no build lasts so long; delete it")
+        for path, age in locks
+        if age > STALE_LOCK_SECONDS
+    ]
+    return checks or [Check("builds", "ok", f"no stale build lock in {folder}")]
+
+
+def check_tracking(config: RunConfig | None) -> list[Check]:
+    if config is None:
+        installed = [name for name in ("wandb", "tensorboard") if find_spec(name)]
+        return [Check("trackers", "ok", f"installed: {', '.join(installed) or 'none'}")]
+    try:
+        mode, line = check_trackers(config.tracking)
+    except UserError as error:
+        return [Check("trackers", "FAIL", str(error))]
+    named = ", ".join(config.tracking.trackers) or "none asked for"
+    return [
+        Check("trackers", "note" if line else "ok", f"{named}{f' (wandb {mode})' if mode else ''}{line and '; '}{line}")
+    ]
+
+
+def check_recipe_files(config: RunConfig | None) -> list[Check]:
+    if config is None:
+        return [Check("recipe", "note", "none given; name one to check its files, too")]
+    missing = missing_paths(config)
+    return [Check("recipe", "FAIL", f"{path} does not exist") for path in missing] or [
+        Check("recipe", "ok", "the files that it names exist")
+    ]

@@ -1,0 +1,1 @@
+"""Merged models, HF folders and state files from runs, adapters and checkpoints."""

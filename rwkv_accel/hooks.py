@@ -1,0 +1,291 @@
+"""What happens around each optimizer update: plain functions that the loop calls in sight.
+
+on_batch_start   before the first backward of an update: learning rate and weight decay
+on_batch_end     after the update: numbers into the logs; waits for the device on log steps only
+on_evaluate      at its cadence: validation loss, and what follows from it
+on_samples       at its cadence and at the end: answers to the recipe's prompts
+on_epoch_end     after an epoch: the PEFT-only (or full) save
+on_checkpoint    at its cadence: everything a new start needs to go on
+on_interrupt     when a signal asked to stop: the same under the name INTERRUPTED, then out
+on_train_end     after the last update: the last save and the last answers
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rwkv_accel.checkpoint import save_checkpoint
+from rwkv_accel.checkpoint.weights import BEST_DIR, WEIGHTS_DIR, save_weights
+from rwkv_accel.config.schema import OptimConfig, RunConfig
+from rwkv_accel.data.loader import TrainLoader
+from rwkv_accel.data.template import TURN_END, chat_prompt
+from rwkv_accel.data.tokenizer import build_tokenizer
+from rwkv_accel.evaluation import evaluate
+from rwkv_accel.generation.engine import TextGenerator
+from rwkv_accel.interrupt import StopRequest, generator_states, set_generator_states
+from rwkv_accel.peft.apply import adapter_buffers
+from rwkv_accel.runtime import EXIT_STOPPED, requeue_file, started_file, unwrap
+from rwkv_accel.schedules import lr_at, wd_at
+from rwkv_accel.state import TrainState
+from rwkv_accel.tracking import RunLog, StepRecord
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+INTERRUPTED = "INTERRUPTED"
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Reduced results of one update as device scalars; reading one waits for the device."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    num_targets: Tensor
+    num_tokens: Tensor
+
+
+@dataclass
+class Run:
+    """What the hooks share: the run's config, its logs, and the numbers not yet read from the device."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    model: Any
+    optimizer: Optimizer
+    log: RunLog
+    stop: StopRequest
+    total_steps: int
+    base_path: str
+    base_digest: str
+    eval_sets: list[tuple[str, TrainLoader]]
+    token_lengths: Tensor
+    """[V] bytes of each token."""
+    identity: dict[str, Any]
+    """The resolved recipe with the rows per update filled in: what a resume is compared with."""
+    pending: list[tuple[StepStats, float, float]] = field(default_factory=list)
+    """Stats, learning rate and weight decay of the updates whose scalars are still on the device."""
+    unlogged: list[list[float]] = field(default_factory=list)
+    """[loss, grad norm, targets, tokens, lr, wd] of each update since the last record, already read from the device."""
+    saved_step: int = -1
+    checkpoint_step: int = -1
+    started: bool = False
+
+
+def on_batch_start(state: TrainState, optimizer: Optimizer, optim: OptimConfig, total_steps: int) -> None:
+    """Write lr_at(step) * lr_factor * lr_scale and wd_at(step) * wd_scale into the groups. Pure in the state.
+
+    Must run before any backward of the update: under DeepSpeed the last backward also steps.
+    """
+    lr = lr_at(state.step, total_steps, optim) * state.control.lr_factor
+    wd = wd_at(state.step, total_steps, optim)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = wd * group["wd_scale"]
+
+
+def on_batch_end(state: TrainState, stats: StepStats, run: Run) -> None:
+    """Keep the step's device scalars; on log steps read all of them in one wait and write one record."""
+    optim, step = run.config.optim, state.step - 1  # the schedule's argument of the update just made
+    lr = lr_at(step, run.total_steps, optim) * state.control.lr_factor
+    run.pending.append((stats, lr, wd_at(step, run.total_steps, optim)))
+    if not run.started:
+        run.started = True
+        marker = started_file()
+        if run.accelerator.is_main_process and marker is not None:
+            marker.touch()
+    if state.step % run.config.trainer.log_every_n_steps == 0 or state.step == run.total_steps:
+        log_pending(state, run)
+
+
+def read_pending(state: TrainState, run: Run) -> None:
+    """Read the pending device scalars in one wait and count their tokens."""
+    if not run.pending:
+        return
+    rows = torch.stack([_row(stats) for stats, _, _ in run.pending]).tolist()
+    rows = [[*row, lr, wd] for row, (_, lr, wd) in zip(rows, run.pending)]
+    run.pending.clear()
+    run.unlogged += rows
+    state.targets_seen += int(sum(row[2] for row in rows))
+    state.tokens_seen += int(sum(row[3] for row in rows))
+
+
+def log_pending(state: TrainState, run: Run) -> None:
+    """Write one record for all updates since the last one."""
+    read_pending(state, run)
+    if not run.unlogged:
+        return
+    rows, run.unlogged = run.unlogged, []
+    targets = int(sum(row[2] for row in rows))
+    run.log.log_step(
+        StepRecord(
+            step=state.step,
+            epoch=state.epoch,
+            loss=sum(row[0] * row[2] for row in rows) / max(targets, 1),
+            lr=rows[-1][4],
+            weight_decay=rows[-1][5],
+            grad_norm=rows[-1][1],
+            target_tokens=targets,
+            tokens=int(sum(row[3] for row in rows)),
+            num_steps=len(rows),
+        )
+    )
+
+
+def on_evaluate(state: TrainState, run: Run) -> None:
+    """Collective. Validate on every set; the first one's loss decides on the rate, on `best/` and on stopping."""
+    config = run.config.eval
+    with run.log.pause():
+        results = [
+            evaluate(
+                run.accelerator, run.model, loader, run.token_lengths, name=name, limit_batches=config.limit_batches
+            )
+            for name, loader in run.eval_sets
+        ]
+    for result in results:
+        run.log.log_eval(state.step, state.epoch, result)
+    before = state.control.lr_factor
+    state.control.update(results[0].loss, state.step, config)
+    if state.control.lr_factor != before:
+        run.log.message(f"validation loss has stopped falling: learning rate x {state.control.lr_factor:g} from here")
+    if config.keep_best and state.control.best_step == state.step:
+        save(state, run, Path(run.config.out_dir) / BEST_DIR)
+    if state.control.wants_stop(config):
+        run.log.message(
+            f"stopping early: no improvement in {state.control.num_without_gain} evaluations; best {results[0].name} "
+            f"loss {state.control.best:.4f} at step {state.control.best_step}"
+        )
+
+
+def on_epoch_end(state: TrainState, run: Run) -> None:
+    """Collective. Validate, save the adapter (or the whole model) every `epoch_save` epochs, and checkpoint."""
+    run.log.epoch_line(state.epoch)
+    validate, save_every = run.config.eval.every_n_epochs, run.config.checkpoint.epoch_save
+    if run.eval_sets and validate and state.epoch % validate == 0:
+        on_evaluate(state, run)
+    if save_every and state.epoch % save_every == 0:
+        save_latest(state, run, f"epoch-{state.epoch:04d}")
+    on_checkpoint(state, run)
+
+
+def on_interrupt(state: TrainState, run: Run) -> NoReturn:
+    """Collective. Save everything under the name INTERRUPTED, tell the launcher, and leave."""
+    on_checkpoint(state, run, INTERRUPTED)
+    marker = requeue_file()
+    if run.accelerator.is_main_process and marker is not None:
+        marker.write_text(f"{state.step}\n", encoding="utf-8")
+    why = run.stop.reason or "another process"
+    run.log.message(f"stopped by {why} after step {state.step}, saved; start the same command again to continue")
+    run.log.close()
+    raise SystemExit(EXIT_STOPPED)
+
+
+def on_checkpoint(state: TrainState, run: Run, name: str | None = None) -> None:
+    """Collective. Write the resume checkpoint of this step, with the numbers that wait for their record."""
+    read_pending(state, run)
+    model = unwrap(run.model)
+    with run.log.pause():
+        save_checkpoint(
+            run.accelerator,
+            run.model,
+            run.optimizer,
+            state.state_dict(),
+            out_dir=run.config.out_dir,
+            name=name or f"step-{state.step:08d}",
+            config=run.identity,
+            base_digest=run.base_digest,
+            keep_last=run.config.checkpoint.keep_last,
+            extra={"log": run.log.state(), "saved_step": run.saved_step, "unlogged": run.unlogged},
+            extra_tensors=adapter_buffers(model),
+        )
+    run.checkpoint_step = state.step
+
+
+def on_train_end(state: TrainState, run: Run) -> None:
+    """Collective. Save what is not saved yet, and answer the recipe's prompts."""
+    log_pending(state, run)
+    if run.saved_step != state.step:
+        save_latest(state, run, f"step-{state.step:08d}")
+    if run.checkpoint_step != state.step:
+        on_checkpoint(state, run)
+    run.stop.release()
+    on_samples(state, run)
+    run.log.close()
+    run.accelerator.wait_for_everyone()
+
+
+def save_latest(state: TrainState, run: Run, name: str) -> None:
+    """Collective. Write adapter/<name> and remember that this step is saved."""
+    save(state, run, Path(run.config.out_dir) / WEIGHTS_DIR / name)
+    run.saved_step = state.step
+
+
+def save(state: TrainState, run: Run, folder: Path) -> None:
+    """Collective. Write the trained weights into a folder."""
+    read_pending(state, run)
+    with run.log.pause():
+        save_weights(
+            run.accelerator,
+            run.model,
+            run.optimizer,
+            config=run.config,
+            state=state,
+            folder=folder,
+            base_path=run.base_path,
+            base_digest=run.base_digest,
+        )
+    run.log.message(f"saved {folder}")
+
+
+def on_samples(state: TrainState, run: Run) -> None:
+    """Answer the recipe's prompts on the main process, into the log, samples.json and the trackers."""
+    samples = run.config.samples
+    if not samples.prompts:
+        return
+    if is_sharded(run.accelerator):
+        if state.step == run.total_steps:
+            run.log.message(
+                f"samples: parameters are sharded; use `python -m rwkv_accel.generate {run.config.out_dir}`"
+            )
+        return
+    if not run.accelerator.is_main_process:
+        return
+    model = unwrap(run.model)
+    was_training, generators = model.training, generator_states(run.accelerator.device)
+    with run.log.pause():
+        answers = TextGenerator(model.eval(), build_tokenizer(run.config.data.tokenizer)).generate(
+            [prompt if samples.raw else chat_prompt(prompt) for prompt in samples.prompts],
+            max_new_tokens=samples.max_new_tokens,
+            temperature=samples.temperature,
+            top_p=samples.top_p,
+            stop=() if samples.raw else (TURN_END,),
+            seed=run.config.trainer.seed,
+        )
+    model.train(was_training)
+    # Sampling must not change the dropout of the steps that follow.
+    set_generator_states(generators, run.accelerator.device)
+    run.log.log_samples(
+        state.step,
+        state.epoch,
+        [
+            {"prompt": prompt, "text": answer.text, "stopped": answer.stop_reason != "length"}
+            for prompt, answer in zip(samples.prompts, answers)
+        ],
+    )
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no single process holds whole parameters (ZeRO-3, FSDP2)."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return accelerator.distributed_type == "FSDP" or (plugin is not None and plugin.zero_stage == 3)
+
+
+def _row(stats: StepStats) -> Tensor:
+    return torch.stack([t.double() for t in (stats.loss, stats.grad_norm, stats.num_targets, stats.num_tokens)])

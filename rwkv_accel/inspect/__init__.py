@@ -1,0 +1,1 @@
+"""Says what a checkpoint, an adapter, a save or a run is."""

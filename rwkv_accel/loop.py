@@ -1,0 +1,128 @@
+"""The training loop. Read `train` from top to bottom: that is the whole run."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rwkv_accel.config.schema import RunConfig, TrainerConfig
+from rwkv_accel.data.batch import Batch
+from rwkv_accel.hooks import (
+    StepStats,
+    log_pending,
+    on_batch_end,
+    on_batch_start,
+    on_checkpoint,
+    on_epoch_end,
+    on_evaluate,
+    on_interrupt,
+    on_samples,
+    on_train_end,
+)
+from rwkv_accel.interrupt import StopRequest, generator_states, set_generator_states
+from rwkv_accel.run_setup import set_up
+from rwkv_accel.state import TrainState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def train(config: RunConfig) -> TrainState:
+    """One run, from the recipe to the saved weights. Collective; returns where the run ended."""
+    run, loader, state = set_up(config)
+    trainer, eval_every = config.trainer, config.eval.every_n_steps
+    sample_every, checkpoint_every = config.samples.every_n_steps, config.checkpoint.every_n_steps
+    if config.eval.at_start and state.step == 0:
+        on_evaluate(state, run)
+
+    while state.step < run.total_steps and not state.control.wants_stop(config.eval):
+        run.model.train()
+        for window in run.log.watch(loader.windows(state.epoch, state.rows_consumed)):
+            on_batch_start(state, run.optimizer, config.optim, run.total_steps)
+            stats = train_window(run.accelerator, run.model, run.optimizer, window.batches, trainer, run.stop)
+            if stats is None:
+                on_interrupt(state, run)
+            state.advance(window.num_rows)
+            on_batch_end(state, stats, run)
+            if eval_every and state.step % eval_every == 0:
+                on_evaluate(state, run)
+            if sample_every and state.step % sample_every == 0:
+                on_samples(state, run)
+            if checkpoint_every and state.step % checkpoint_every == 0:
+                on_checkpoint(state, run)
+            if state.step == run.total_steps or state.control.wants_stop(config.eval):
+                break
+        if state.rows_consumed == loader.rows_per_epoch:
+            log_pending(state, run)
+            state.end_epoch()
+            on_epoch_end(state, run)
+
+    on_train_end(state, run)
+    return state
+
+
+def train_window(
+    accelerator: Accelerator,
+    model: Any,
+    optimizer: Optimizer,
+    window: list[Batch],
+    trainer: TrainerConfig,
+    stop: StopRequest,
+) -> StepStats | None:
+    """One optimizer update: the exact mean loss over every target token of every rank in the window. Collective.
+
+    Counting targets before the first forward makes the update independent of how the rows are spread over
+    micro-batches and processes: backward() divides by the accumulation count and data parallelism averages over the
+    ranks, so the scale undoes both and divides by the true count.
+
+    Returns None when the ranks agreed to stop: nothing was updated, and the generators are back where they were.
+    """
+    device, last = accelerator.device, len(window) - 1
+    counts = torch.tensor(
+        [sum(b.num_targets for b in window), sum(b.num_tokens for b in window)],
+        dtype=torch.float64,
+        device=device,
+    )
+    counts = accelerator.reduce(counts, "sum")
+    num_targets = counts[0].clamp_min(1)
+    scale = (accelerator.gradient_accumulation_steps * accelerator.num_processes / num_targets).float()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    generators = generator_states(device)
+    for index, batch in enumerate(window):
+        if stop.agreed(accelerator):
+            set_generator_states(generators, device)
+            return None
+        # Set by hand: accelerator.accumulate() watches a prepared loader, and this one is not.
+        accelerator.sync_gradients = index == last
+        with nullcontext() if index == last else _no_sync(accelerator, model):
+            loss = model(batch.ids_BT, batch.labels_BT, cu_seqlens=batch.cu_seqlens)
+            accelerator.backward(loss * scale)
+            loss_sum += loss.detach()
+    grad_norm = _clip(accelerator, model, trainer.gradient_clip_val)
+    optimizer.step()  # DeepSpeed has stepped and cleared within the last backward; both calls do nothing there
+    optimizer.zero_grad()
+    loss_sum = accelerator.reduce(loss_sum, "sum")
+    return StepStats(loss_sum / num_targets, grad_norm, counts[0], counts[1])
+
+
+def _no_sync(accelerator: Accelerator, model: Any) -> Any:
+    # DeepSpeed is told the boundary through sync_gradients; its own no_sync would switch its bookkeeping off.
+    return nullcontext() if _is_deepspeed(accelerator) else accelerator.no_sync(model)
+
+
+def _clip(accelerator: Accelerator, model: Any, max_norm: float) -> Tensor:
+    """Clip (DeepSpeed has done it in its step) and return the norm before clipping, as a device scalar."""
+    if _is_deepspeed(accelerator):
+        norm = model.get_global_grad_norm()
+        return torch.as_tensor(float("nan") if norm is None else norm, device=accelerator.device)
+    params = [p for p in model.parameters() if p.requires_grad]
+    norm = accelerator.clip_grad_norm_(params, max_norm if max_norm > 0 else float("inf"))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def _is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == "DEEPSPEED"

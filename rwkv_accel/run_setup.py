@@ -1,0 +1,255 @@
+"""From a recipe to everything the loop needs: folder, data, base weights, model, optimizer, logs, resumed state."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rwkv_accel import __version__
+from rwkv_accel.checkpoint import check_same_run, find_resume_on_all, load_checkpoint, read_state
+from rwkv_accel.checkpoint.collective import on_main, once_per_node
+from rwkv_accel.checkpoint.portable import read_extra_tensors
+from rwkv_accel.checkpoint.weights import base_checkpoint
+from rwkv_accel.config.load import dump_config
+from rwkv_accel.config.schema import DataConfig, ModelConfig, RunConfig, TrainerConfig
+from rwkv_accel.data.loader import TrainLoader, build_train_loader
+from rwkv_accel.data.packing import Subset
+from rwkv_accel.data.tokenizer import build_tokenizer
+from rwkv_accel.errors import UserError
+from rwkv_accel.evaluation import token_lengths
+from rwkv_accel.hooks import Run
+from rwkv_accel.interrupt import StopRequest
+from rwkv_accel.model.config import RWKV7Config
+from rwkv_accel.model.init import generate_init_weight
+from rwkv_accel.model.io import checkpoint_digest, read_checkpoint
+from rwkv_accel.model.precision import Precision
+from rwkv_accel.optim import build_optimizer
+from rwkv_accel.peft.apply import load_model_and_apply_peft, print_model_param
+from rwkv_accel.peft.plan import make_plan
+from rwkv_accel.runtime import build_accelerator, check_engine, check_offload, is_main_process, set_seed, world_size
+from rwkv_accel.state import TrainState
+from rwkv_accel.tracking import RunLog
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+INIT_FILE = "rwkv-init.pth"
+
+
+def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
+    """Everything before the first step. Cheap checks come first: a mistake must cost seconds. Collective."""
+    stop = StopRequest().install()
+    set_seed(config.trainer.seed)
+    trainer = config.trainer
+    accelerator = build_accelerator(trainer, trainer.micro_batches(world_size()))
+    check_offload(accelerator, config.optim.optimizer)
+    resume_from = find_resume_on_all(accelerator, config.out_dir, config.checkpoint.resume)
+    saved = read_state(resume_from) if resume_from else None
+    on_main(accelerator, lambda: prepare_out_dir(config))
+    loader, eval_sets = build_loader(config, accelerator), build_eval_sets(config, accelerator)
+    identity = identity_of(config, loader)
+    if saved:
+        check_same_run(saved["config"], identity)
+    base, digest = prepare_base(config, accelerator)
+    if saved:
+        check_same_base(saved["base_digest"], digest, resume_from)
+    model = load_model_and_apply_peft(
+        base,
+        config.peft,
+        precision=Precision.from_name(trainer.precision),
+        seed=trainer.seed,
+        frozen_tensors=read_extra_tensors(resume_from) if resume_from else None,
+        encode=build_tokenizer(config.data.tokenizer).encode,
+    )
+    model.gradient_checkpointing = trainer.gradient_checkpointing
+    model.l2wrap, model.loss_chunk_rows = trainer.l2wrap, trainer.loss_chunk_rows
+    optimizer = build_optimizer(model, config.optim)
+    if accelerator.is_main_process:
+        print_model_param(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    check_engine(accelerator, model, trainer, loader.micro_batches_per_window)
+    state = TrainState()
+    if resume_from:
+        saved = load_checkpoint(accelerator, model, optimizer, resume_from)
+        state.load_state_dict(saved["state"])
+    total_steps = loader.total_steps(trainer.max_epochs, trainer.max_steps)
+    log = RunLog.open(
+        config,
+        is_main=accelerator.is_main_process,
+        total_steps=total_steps,
+        resume_step=state.step,
+        device=accelerator.device,
+    )
+    log.message(loader.describe())
+    run = Run(
+        config,
+        accelerator,
+        model,
+        optimizer,
+        log,
+        stop,
+        total_steps,
+        base_path=str(base.path),
+        base_digest=digest,
+        eval_sets=eval_sets,
+        token_lengths=token_lengths(build_tokenizer(config.data.tokenizer), model_shape(config).vocab_size),
+        identity=identity,
+    )
+    if saved:
+        log.restore(saved["extra"]["log"])
+        run.checkpoint_step = state.step
+        run.saved_step, run.unlogged = saved["extra"]["saved_step"], saved["extra"]["unlogged"]
+        log.message(f"continuing from {resume_from}: step {state.step} of {total_steps}")
+    stop.defer(accelerator)
+    return run, loader, state
+
+
+def identity_of(config: RunConfig, loader: TrainLoader) -> dict[str, Any]:
+    """The resolved recipe with the rows per update filled in: what makes a run this run on any number of processes."""
+    dump = config.model_dump(mode="json")
+    dump["trainer"]["global_batch_size"] = loader.global_batch_size
+    return dump
+
+
+def check_same_base(saved_digest: str, digest: str, checkpoint: Any) -> None:
+    """Raises UserError unless a checkpoint was made on this base model."""
+    if saved_digest != digest:
+        raise UserError(
+            f"checkpoint {checkpoint} was made on another base model ({saved_digest[:19]}..., this one is "
+            f"{digest[:19]}...); give the same model.path, or another out_dir for a fresh start"
+        )
+
+
+def build_loader(config: RunConfig, accelerator: Accelerator | None) -> TrainLoader:
+    """The training rows of this rank; the vocabulary is known before any weight is read."""
+    share = config.eval.split_fraction
+    subset = Subset(share, config.trainer.seed, held_out=False) if share else None
+    return _loader(config, config.data, config.trainer, accelerator, subset)
+
+
+def build_eval_sets(config: RunConfig, accelerator: Accelerator) -> list[tuple[str, TrainLoader]]:
+    """(name, rows) of each validation set, in the order of the recipe."""
+    if not config.eval.is_on:
+        return []
+    trainer = config.trainer.model_copy(update={"global_batch_size": None, "accumulate_grad_batches": 1})
+    if config.eval.path is None:
+        subset = Subset(config.eval.split_fraction, config.trainer.seed, held_out=True)
+        data = config.data.model_copy(update={"shuffle": False, "weights": None})
+        return [("validation", _loader(config, data, trainer, accelerator, subset))]
+    paths = (config.eval.path,) if isinstance(config.eval.path, str) else config.eval.path
+    plain = {"shuffle": False, "weights": None, "max_documents": None, "sampling": "documents"}
+    return [
+        (Path(path).stem, _loader(config, config.data.model_copy(update={**plain, "path": path}), trainer, accelerator))
+        for path in paths
+    ]
+
+
+def _loader(
+    config: RunConfig,
+    data: DataConfig,
+    trainer: TrainerConfig,
+    accelerator: Accelerator | None,
+    subset: Subset | None = None,
+) -> TrainLoader:
+    return build_train_loader(
+        data,
+        trainer,
+        rank=accelerator.process_index if accelerator else 0,
+        world_size=accelerator.num_processes if accelerator else world_size(),
+        device=accelerator.device if accelerator else torch.device("cpu"),
+        vocab_size=model_shape(config).vocab_size,
+        run_first=(lambda action: once_per_node(accelerator, action)) if accelerator else None,
+        subset=subset,
+    )
+
+
+def model_shape(config: RunConfig) -> RWKV7Config:
+    """Sizes of the model: from the checkpoint's header, or from model.init. Reads no weights."""
+    init = config.model.init
+    if init is None:
+        assert config.model.path is not None
+        return read_checkpoint(base_checkpoint(config.model.path)).config
+    vocab_size = init.vocab_size or build_tokenizer(config.data.tokenizer).vocab_size
+    return RWKV7Config.for_new_model(init.n_layer, init.n_embd, vocab_size, init.head_size)
+
+
+def prepare_base(config: RunConfig, accelerator: Accelerator) -> tuple[ModelConfig, str]:
+    """The model section with the file that holds the base, and the base's digest. Collective."""
+    init = config.model.init
+    if init is not None:
+        path = Path(config.out_dir) / INIT_FILE
+
+        def write_init() -> None:
+            if not path.exists():
+                generate_init_weight(model_shape(config), path, seed=init.seed)
+
+        on_main(accelerator, write_init)
+    else:
+        assert config.model.path is not None
+        path = base_checkpoint(config.model.path)
+    digest = on_main(accelerator, lambda: checkpoint_digest(path))
+    return config.model.model_copy(update={"path": str(path), "init": None}), digest
+
+
+def prepare_out_dir(config: RunConfig) -> None:
+    """Create the run folder, prove that it can be written, and leave the resolved recipe there."""
+    out_dir = Path(config.out_dir)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _write_atomic(out_dir / "run.yaml", dump_config(config))
+        _write_atomic(out_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}; choose another out_dir") from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, code and hardware of this run, for the record."""
+    from importlib.metadata import version
+
+    packages = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "pydantic", "safetensors")
+    return {
+        "rwkv_accel": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "world_size": world_size(),
+    }
+
+
+def dry_run(config: RunConfig) -> None:
+    """Check recipe, data, checkpoint header and adapter targets, and print the plan. Trains and writes nothing."""
+    shape = model_shape(config)
+    plan = make_plan(shape, config.peft)
+    loader = build_loader(config, None)
+    if is_main_process():
+        steps = loader.total_steps(config.trainer.max_epochs, config.trainer.max_steps)
+        print(f"model: {shape}")  # noqa: T201
+        print(f"trained: {len(plan.adapters)} adapters, {len(plan.trained)} base parameters")  # noqa: T201
+        print(loader.describe())  # noqa: T201
+        print(f"plan: {steps} updates of {loader.global_batch_size} rows")  # noqa: T201
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True, text=True, timeout=5, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

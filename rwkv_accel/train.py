@@ -1,0 +1,55 @@
+"""Train a model: accelerate launch -m rwkv_accel.train recipe.yaml key.sub=value ..."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rwkv_accel.config.load import dump_config, load_config
+from rwkv_accel.errors import UserError
+from rwkv_accel.runtime import fail, is_main_process, set_environment_defaults
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m rwkv_accel.train",
+        description="Fine-tune or train an RWKV-7 model as one recipe says. Start the same command again to continue.",
+        epilog="Example: accelerate launch -m rwkv_accel.train launch/recipes/demo.yaml optim.lr_init=1e-3",
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", help="YAML file with the sections of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that replace the recipe's")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check recipe, data, checkpoint and targets, print the plan, and stop",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        config = load_config(args.recipe, args.overrides)
+        if args.print_config:
+            if is_main_process():
+                sys.stdout.write(dump_config(config))
+            return 0
+        set_environment_defaults()
+        if args.dry_run:
+            from rwkv_accel.run_setup import dry_run
+
+            dry_run(config)
+            return 0
+        from rwkv_accel.loop import train
+
+        train(config)
+    except UserError as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""Two hosts on one machine, and a real Slurm across them, for the tests that need more than one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.helpers import ROOT, environment
+
+HERE = Path(__file__).parent
+MAIN_ADDRESS = "10.77.0.10"
+# The demo with one layer and one row per process and micro-batch: a step is a fraction of a second.
+DEMO = [
+    "launch/recipes/demo.yaml",
+    "model.init.n_layer=1",
+    "model.init.n_embd=64",
+    "data.ctx_len=64",
+    "samples.prompts=[]",
+    "trainer.log_every_n_steps=1",
+    "trainer.global_batch_size=8",
+    "tracking.progress=none",
+    # Without a schedule a short run is the beginning of a long one.
+    "optim.schedule=constant",
+    "optim.lr_init=1e-3",
+    "optim.lr_final=null",
+    "optim.warmup_steps=0",
+]
+
+
+def why_no_hosts() -> str | None:
+    """Why network namespaces cannot be made here, or None."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    missing = [tool for tool in ("ip", "unshare") if shutil.which(tool) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)} (Debian: iproute2, util-linux)"
+    probe = subprocess.run(["ip", "netns", "add", "rwprobe"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        return f"no network namespaces here: {probe.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", "rwprobe"], check=True)
+    return None
+
+
+def why_no_slurm() -> str | None:
+    """Why a Slurm cannot be started here, or None."""
+    missing = [tool for tool in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(tool) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)} (Debian: slurm-wlm, munge)"
+    return why_no_hosts()
+
+
+@contextmanager
+def hosts(number: int = 2) -> Iterator[None]:
+    subprocess.run([str(HERE / "hosts/up.sh"), str(number)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([str(HERE / "hosts/down.sh"), str(number)], check=True)
+
+
+@contextmanager
+def slurm(folder: Path, number: int = 2) -> Iterator[None]:
+    try:
+        subprocess.run([str(HERE / "slurm/up.sh"), str(folder), str(number), "2"], check=True, timeout=120)
+        yield
+    finally:
+        subprocess.run([str(HERE / "slurm/down.sh"), str(folder), str(number)], check=False, timeout=60)
+
+
+@dataclass
+class Process:
+    """A command on a host, with its output in a file."""
+
+    host: int
+    popen: subprocess.Popen
+    log: Path
+
+    def wait(self, timeout: float) -> int:
+        try:
+            return self.popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"host {self.host} still runs after {timeout} s:\n{self.text()[-4000:]}") from None
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+def on_host(host: int, command: list[object], log: Path, *, folder: Path = ROOT, **env: str) -> Process:
+    """Start a command on a host, in the repository or another folder."""
+    settings = environment(GLOO_SOCKET_IFNAME="eth0", **{"PYTHONPATH": str(folder), **env})
+    with log.open("w") as out:
+        popen = subprocess.Popen(
+            [str(HERE / "hosts/on.sh"), str(host), *map(str, command)],
+            cwd=folder, env=settings, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    return Process(host, popen, log)
+
+
+def launcher(
+    host: int,
+    port: int,
+    *,
+    config: str,
+    own: tuple[object, ...] = (),
+    main: str = MAIN_ADDRESS,
+    with_watch: bool = True,
+) -> list[object]:
+    """The command of one host: our launcher, or `accelerate launch` itself."""
+    module = ["rwkv_accel.launch", *own] if with_watch else ["accelerate.commands.launch"]
+    return [
+        sys.executable, "-m", *module,
+        "--config_file", ROOT / f"accelerate_configs/{config}.yaml",
+        "--num_machines", 2, "--num_processes", 2, "--machine_rank", host,
+        "--main_process_ip", main, "--main_process_port", port,
+    ]  # fmt: skip
+
+
+def kill_host(host: int) -> None:
+    """Power off: every process of the host is gone at once."""
+    listed = subprocess.run(["ip", "netns", "pids", f"rwh{host}"], capture_output=True, text=True, check=True)
+    for pid in listed.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+
+
+def cut_network(host: int, *, up: bool = False) -> None:
+    """Pull the cable: packets vanish, connections stay open."""
+    subprocess.run(["ip", "link", "set", f"rwveth{host}", "up" if up else "down"], check=True)
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout: float) -> float:
+    """Seconds until the condition held."""
+    started = time.monotonic()
+    while not condition():
+        if time.monotonic() - started > timeout:
+            raise AssertionError(f"not within {timeout} s: {what}")
+        time.sleep(0.2)
+    return time.monotonic() - started
+
+
+def losses(out_dir: Path) -> dict[int, float]:
+    """step -> loss of a run."""
+    records = json.loads((out_dir / "loss_data.json").read_text())
+    return {record["step"]: record["loss"] for record in records}

@@ -1,0 +1,317 @@
+"""Two hosts, each with its own network, made with network namespaces: training, failures, bad input.
+
+    python -m pytest -m long tests/distributed/test_two_hosts.py
+
+Proves the launcher, the rendezvous and the failure handling over a real bridge between two network stacks. It cannot
+prove anything about NCCL, InfiniBand, or speed.
+"""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rwkv_accel.config.schema import PeftConfig
+from rwkv_accel.model.config import RWKV7Config
+from rwkv_accel.plan.communication import Training, update_of
+from tests.distributed.cluster import (
+    DEMO,
+    cut_network,
+    hosts,
+    kill_host,
+    launcher,
+    losses,
+    on_host,
+    wait_for,
+    why_no_hosts,
+)
+from tests.helpers import ROOT, environment, train_cli
+
+REASON = why_no_hosts()
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
+TRAIN = ["-m", "rwkv_accel.train", *DEMO]
+STEPS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_hosts():
+    with hosts(2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Losses of one process on one host, without any interruption."""
+    out_dir = tmp_path_factory.mktemp("alone")
+    done = train_cli(*DEMO, f"out_dir={out_dir}", f"trainer.max_steps={STEPS}")
+    assert done.returncode == 0, done.stderr
+    return losses(out_dir)
+
+
+def start(host, tmp_path, port, *overrides, config="ddp", name="", folder=ROOT, **options):
+    """The run of a test on one host."""
+    tmp_path.mkdir(exist_ok=True)
+    out_dir = f"out_dir={tmp_path / 'run'}"
+    log = tmp_path / f"{name}{host}.log"
+    command = [*launcher(host, port, config=config, **options), *TRAIN, out_dir, *overrides]
+    return on_host(host, command, log, folder=folder)
+
+
+def last_step(tmp_path) -> int:
+    try:
+        return max(losses(tmp_path / "run"), default=0)
+    except FileNotFoundError:
+        return 0
+
+
+def assert_same_losses(got, want, steps=STEPS):
+    assert sorted(got) == list(range(1, steps + 1))
+    for step, loss in got.items():
+        assert loss == pytest.approx(want[step], rel=2e-3), step
+
+
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero1", "zero2", "zero3", "multinode_ddp", "multinode_zero2"])
+def test_losses_equal_one_host(config, alone, tmp_path):
+    steps = 8
+    runs = [start(h, tmp_path, 29500, f"trainer.max_steps={steps}", config=config, with_watch=False) for h in (0, 1)]
+    for run in runs:
+        assert run.wait(120) == 0, run.text()
+    got = losses(tmp_path / "run")
+    assert sorted(got) == list(range(1, steps + 1))
+    assert list(got.values()) == pytest.approx([alone[s] for s in got], rel=1e-4)
+
+
+def sent_bytes() -> int:
+    """What host 1 has put onto the bridge so far."""
+    return int(Path("/sys/class/net/rwveth1/statistics/rx_bytes").read_text())
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero2"])
+def test_bytes_on_the_bridge_are_those_of_the_formula(config, tmp_path):
+    """The difference of two runs takes start and end away."""
+    sent = {}
+    for steps in (10, 50):
+        before = sent_bytes()
+        runs = [start(h, tmp_path / str(steps), 29505, f"trainer.max_steps={steps}", config=config) for h in (0, 1)]
+        for run in runs:
+            assert run.wait(120) == 0, run.text()
+        sent[steps] = sent_bytes() - before
+    per_update = (sent[50] - sent[10]) / 40
+    shape = RWKV7Config.for_new_model(1, 64, 257, 32)
+    update = update_of(config, Training.of(shape, PeftConfig(method="full")))
+    formula = update.bytes_per_process(2)
+    if config == "zero2":
+        formula += update.reduced_bytes / 2  # Gloo has no reduce-scatter: DeepSpeed all-reduces, twice the bytes
+    # Beside the tensors: TCP and IP headers, acknowledgements, the small collectives of every step.
+    assert formula * 0.95 < per_update < formula * 1.1 + 20_000, (per_update, formula)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_dead_host_ends_the_run_and_is_named_and_the_run_continues(victim, alone, tmp_path):
+    overrides = [f"trainer.max_steps={STEPS}", "checkpoint.every_n_steps=5"]
+    runs = [start(h, tmp_path, 29510 + victim, *overrides) for h in (0, 1)]
+    wait_for(lambda: last_step(tmp_path) >= 12, "twelve steps", 120)
+    kill_host(victim)
+    survivor = runs[1 - victim]
+    died_at = time.monotonic()
+    assert survivor.wait(60) == 1
+    assert time.monotonic() - died_at < 30
+    named = "node 1 (rwh1) is lost" if victim == 1 else "node 0 (rwh0), which hosts the rendezvous, is lost"
+    assert named in survivor.text()
+
+    again = [start(h, tmp_path, 29515 + victim, *overrides, name="again") for h in (0, 1)]
+    for run in again:
+        assert run.wait(180) == 0, run.text()
+    assert "continuing from" in again[0].text()
+    assert_same_losses(losses(tmp_path / "run"), alone)
+
+
+def test_cut_cable_ends_both_sides_within_the_set_time(tmp_path):
+    runs = [start(h, tmp_path, 29520, "trainer.max_steps=5000", own=("--lost_seconds", 15)) for h in (0, 1)]
+    wait_for(lambda: last_step(tmp_path) >= 3, "three steps", 120)
+    try:
+        cut_network(1)
+        cut_at = time.monotonic()
+        for run in runs:
+            assert run.wait(90) == 1
+        assert time.monotonic() - cut_at < 60
+    finally:
+        cut_network(1, up=True)
+    assert "node 1 (rwh1) is lost: not heard of for" in runs[0].text()
+    assert "node 0 (rwh0), which hosts the rendezvous, is lost" in runs[1].text()
+
+
+def test_elastic_run_goes_on_alone_and_takes_the_host_back(alone, tmp_path):
+    overrides = [f"trainer.max_steps={STEPS}", "checkpoint.every_n_steps=5", "checkpoint.keep_last=3"]
+    own = ("--min_machines", 1)
+
+    def begin(host, name=""):
+        out_dir = f"out_dir={tmp_path / 'run'}"
+        elastic = ["--rdzv_backend", "c10d", "--max_restarts", 3, "--rdzv_conf", "last_call_timeout=5"]
+        command = [*launcher(host, 29530, config="ddp", own=own), *elastic, *TRAIN, out_dir, *overrides]
+        env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return on_host(host, command, tmp_path / f"{name}{host}.log", **env)
+
+    first = begin(0)
+    begin(1)
+    wait_for(lambda: last_step(tmp_path) >= 7, "seven steps of both", 120)
+    kill_host(1)
+    here = last_step(tmp_path)
+    wait_for(lambda: "continuing from" in first.text(), "the other host goes on", 120)
+    wait_for(lambda: last_step(tmp_path) > here, "steps of one host alone", 120)
+    back = begin(1, "back")
+    assert first.wait(240) == 0, first.text()
+    assert back.wait(60) == 0, back.text()
+    assert_same_losses(losses(tmp_path / "run"), alone)
+
+
+@pytest.fixture
+def ssh_client(tmp_path):
+    """A folder with an `ssh` that reaches the sshd of both hosts with a key of its own."""
+    sshd = shutil.which("sshd") or "/usr/sbin/sshd"
+    if not Path(sshd).exists() or shutil.which("ssh-keygen") is None:
+        pytest.skip("not installed: sshd, ssh-keygen (Debian: openssh-server, openssh-client)")
+    for name in ("host_key", "user_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+    allowed = tmp_path / "allowed"
+    shutil.copy(tmp_path / "user_key.pub", allowed)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    servers = [
+        on_host(
+            host,
+            [sshd, "-D", "-e", "-f", "/dev/null", "-h", tmp_path / "host_key", "-o", f"AuthorizedKeysFile={allowed}",
+             "-o", "StrictModes=no", "-o", "PidFile=none"],
+            tmp_path / f"sshd{host}.log",
+        )
+        for host in (0, 1)
+    ]  # fmt: skip
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    options = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    (folder / "ssh").write_text(f'#!/bin/bash\nexec {shutil.which("ssh")} -i {tmp_path}/user_key {options} "$@"\n')
+    (folder / "ssh").chmod(0o755)
+    time.sleep(1)
+    yield folder
+    for server in servers:
+        server.popen.kill()
+
+
+def test_over_ssh_from_one_machine_and_stopping_there_saves(ssh_client, alone, tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("10.77.0.10 slots=1\n10.77.0.11 slots=1\n")
+    out_dir = tmp_path / "run"
+
+    def begin(log, steps):
+        env = environment(HOSTFILE=str(hostfile), MAIN_PORT="29550")
+        env["PATH"] = f"{ssh_client}:{env['PATH']}"
+        command = [ROOT / "launch/multi_node.sh", *DEMO, f"out_dir={out_dir}", f"trainer.max_steps={steps}"]
+        with (tmp_path / log).open("w") as out:
+            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
+
+    first = begin("first.log", STEPS)
+    wait_for(lambda: last_step(tmp_path) >= 5, "five steps", 120)
+    first.terminate()
+    first.wait(60)
+    wait_for(lambda: (out_dir / "checkpoints/INTERRUPTED").is_dir(), "the trainers save", 60)
+    # The port is free again when both launchers are gone.
+    wait_for(lambda: "rwkv_accel" not in processes(), "both hosts are quiet", 60)
+    again = begin("again.log", STEPS)
+    assert again.wait(180) == 0, (tmp_path / "again.log").read_text()
+    assert "10.77.0.10: continuing from" in (tmp_path / "again.log").read_text()
+    assert_same_losses(losses(out_dir), alone)
+
+
+def processes() -> str:
+    """Command lines of everything that runs on the two hosts."""
+    lines = []
+    for host in (0, 1):
+        listed = subprocess.run(["ip", "netns", "pids", f"rwh{host}"], capture_output=True, text=True, check=True)
+        for pid in listed.stdout.split():
+            with contextlib.suppress(OSError):
+                lines.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
+    return "\n".join(lines)
+
+
+def test_address_that_nobody_has(tmp_path):
+    run = start(1, tmp_path, 29540, main="10.77.0.99", own=("--join_seconds", 8))
+    assert run.wait(60) == 2
+    assert "error: rwh1 cannot reach node 0 at 10.77.0.99:29540" in run.text()
+
+
+def test_main_address_of_another_machine(tmp_path):
+    run = start(0, tmp_path, 29541, main="10.77.0.99")
+    assert run.wait(60) == 2
+    assert "10.77.0.99 is not an address of rwh0, which runs as node 0; its addresses are: 10.77.0.10" in run.text()
+
+
+def test_port_in_use(tmp_path):
+    listen = "import socket, time; s = socket.create_server(('10.77.0.10', 29542)); time.sleep(60)"
+    holder = on_host(0, [sys.executable, "-c", listen], tmp_path / "holder.log")
+    try:
+        time.sleep(1)
+        run = start(0, tmp_path, 29542)
+        assert run.wait(60) == 2
+        assert "port 29542 of rwh0 cannot be taken" in run.text()
+    finally:
+        holder.popen.kill()
+
+
+def test_host_that_does_not_come(tmp_path):
+    run = start(0, tmp_path, 29543, own=("--join_seconds", 6))
+    assert run.wait(60) == 2
+    assert "node 1 of 2 did not join within 6 s" in run.text()
+
+
+def test_other_recipe_on_one_host(tmp_path):
+    runs = [start(0, tmp_path, 29544), start(1, tmp_path, 29544, "optim.lr_init=1e-5")]
+    for run in runs:
+        assert run.wait(60) == 2
+        assert "node 1 (rwh1) runs another recipe than node 0 (rwh0)" in run.text()
+
+
+def test_other_code_on_one_host(tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "rwkv_accel", copy / "rwkv_accel")
+    shutil.copytree(ROOT / "launch/recipes", copy / "launch/recipes")
+    (copy / "rwkv_accel/schedules.py").write_text("# another version\n")
+    runs = [start(0, tmp_path, 29545), start(1, tmp_path, 29545, folder=copy)]
+    for run in runs:
+        assert run.wait(60) == 2
+        assert "node 1 (rwh1) runs other rwkv_accel code than node 0 (rwh0)" in run.text()
+
+
+def test_host_without_the_data(tmp_path):
+    # /dev/shm is each host's own.
+    copy = f'cp {ROOT}/launch/recipes/data/demo.jsonl /dev/shm/; exec "$@"'
+    for host, prefix in ((0, ["bash", "-c", copy, "_"]), (1, [])):
+        command = [*prefix, *launcher(host, 29546, config="ddp"), *TRAIN, "data.path=/dev/shm/demo.jsonl"]
+        run = on_host(host, [*command, f"out_dir={tmp_path / 'run'}"], tmp_path / f"{host}.log")
+    assert run.wait(60) == 2
+    assert "node 1 (rwh1) does not have /dev/shm/demo.jsonl" in run.text()
+
+
+def test_doctor_shows_both_hosts(tmp_path):
+    runs = [
+        on_host(
+            host,
+            [*launcher(host, 29547, config="ddp"), "-m", "rwkv_accel.doctor", DEMO[0], f"out_dir={tmp_path}"],
+            tmp_path / f"{host}.log",
+        )
+        for host in (0, 1)
+    ]
+    for run in runs:
+        assert run.wait(90) == 0, run.text()
+    rows = [line.split() for line in runs[0].text().splitlines() if line[:1] in "01"]
+    assert [(row[1], row[-4], row[-3]) for row in rows] == [
+        ("rwh0", "eth0", "10.77.0.10"),
+        ("rwh1", "eth0", "10.77.0.11"),
+    ]
+    assert "rank 0 - rank 1 on rwh1:" in runs[0].text()

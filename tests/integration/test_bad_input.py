@@ -1,0 +1,94 @@
+"""A user's mistake: one clear line, exit code 2, no traceback, nothing half-written."""
+
+import json
+
+import pytest
+import torch
+
+from tests.helpers import ragged_jsonl, tiny_checkpoint, train_cli, write_recipe
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    base = tiny_checkpoint(folder / "base.pth", n_layer=1)
+    ragged_jsonl(folder / "data.jsonl", 8)
+    lines = (folder / "data.jsonl").read_text().splitlines()
+    (folder / "broken.jsonl").write_text("\n".join([*lines[:3], '{"q": "half', *lines[3:]]) + "\n")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "truncated.pth").write_bytes(base.read_bytes()[:-4000])
+    weights = torch.load(base, weights_only=True)
+    torch.save({n.replace("att.r_k", "att.time_maa_x"): w for n, w in weights.items()}, folder / "x060.pth")
+    torch.save({n: w for n, w in weights.items() if "ffn.key" not in n}, folder / "lacking.pth")
+    (folder / "text.pth").write_text("not a checkpoint")
+    tree = {
+        "out_dir": str(folder / "out"),
+        "model": {"path": str(base)},
+        "peft": {"method": "lora", "rank": 2},
+        "data": {
+            "path": str(folder / "data.jsonl"), "prompt_column": "q", "response_column": "a",
+            "tokenizer": "byte", "ctx_len": 64,
+        },
+    }  # fmt: skip
+    write_recipe(folder / "r.yaml", tree)
+    return folder
+
+
+CASES = {
+    "recipe missing": (["{work}/nope.yaml"], ["nope.yaml", "does not exist"]),
+    "unknown key": (["{r}", "peft.rnak=4"], ["peft.rnak", "peft.rank"]),
+    "wrong type": (["{r}", "trainer.max_epochs=many"], ["trainer.max_epochs", "'many'"]),
+    "ctx_len 0": (["{r}", "data.ctx_len=0"], ["data.ctx_len", "got 0"]),
+    "checkpoint missing": (["{r}", "model.path={work}/base"], ["base", "base.pth"]),
+    "checkpoint truncated": (["{r}", "model.path={work}/truncated.pth"], ["truncated"]),
+    "checkpoint no checkpoint": (["{r}", "model.path={work}/text.pth"], ["text.pth"]),
+    "other architecture": (["{r}", "model.path={work}/x060.pth"], ["RWKV-6", "x070"]),
+    "checkpoint lacks a tensor": (["{r}", "model.path={work}/lacking.pth"], ["lacking.pth", "ffn.key.weight"]),
+    "data missing": (["{r}", "data.path={work}/no.jsonl"], ["no.jsonl"]),
+    "data empty": (["{r}", "data.path={work}/empty.jsonl"], ["empty.jsonl"]),
+    "broken line": (["{r}", "data.path={work}/broken.jsonl"], ["broken.jsonl", "4"]),
+    "missing column": (["{r}", "data.prompt_column=question"], ["question", "q"]),
+    "vocabulary too small": (["{r}", "data.tokenizer=world"], ["world", "257"]),
+    "target matches nothing": (["{r}", "peft.targets=[att.recptance]"], ["att.recptance", "att.receptance"]),
+    "rank above the matrix": (["{r}", "peft.rank=100"], ["100", "64"]),
+    "out_dir is a file": (["{r}", "out_dir={work}/data.jsonl/x"], ["out_dir"]),
+    "batch does not divide": (
+        ["{r}", "trainer.global_batch_size=7", "trainer.micro_batch_size=2"],
+        ["global_batch_size 7", "6 or 8"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_line(work, case):
+    args, needles = CASES[case]
+    args = [a.format(work=work, r=work / "r.yaml") for a in args]
+    if not any(a.startswith("out_dir") for a in args):
+        args.append(f"out_dir={work}/out-{case.replace(' ', '-')}")
+    done = train_cli(*args)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for needle in needles:
+        assert needle in errors[0]
+    left = {p.name for p in work.glob(f"out-{case.replace(' ', '-')}/**/*") if p.is_file()}
+    assert left <= {"run.yaml", "environment.json", "train_log.txt", "loss_data.json"}, left
+
+
+def test_skipping_broken_lines_is_a_choice_and_is_reported(work):
+    out_dir = work / "skipped"
+    done = train_cli(
+        work / "r.yaml", f"data.path={work}/broken.jsonl", "data.on_bad_line=skip", f"out_dir={out_dir}",
+        "trainer.max_steps=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 lines skipped" in done.stdout + done.stderr
+    assert len(json.loads((out_dir / "loss_data.json").read_text())) == 1
+
+
+def test_dry_run_trains_and_writes_nothing(work):
+    done = train_cli(work / "r.yaml", f"out_dir={work}/dry", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "6 adapters" in done.stdout
+    assert not (work / "dry").exists()

@@ -1,0 +1,128 @@
+"""The launcher: own options, checks before the start, exit codes, and what it finds different between nodes."""
+
+import shutil
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+
+from rwkv_accel import launch
+from rwkv_accel.cluster import network
+from rwkv_accel.cluster.facts import NodeFacts, code_digest, compare, gather_facts, read_recipe
+from rwkv_accel.errors import UserError
+from tests.helpers import ROOT, environment
+
+RECIPE = "launch/recipes/demo.yaml"
+
+
+def run(*arguments):
+    """`python -m rwkv_accel.launch ...` -> (exit code, stderr)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rwkv_accel.launch", *map(str, arguments)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def test_own_options_stand_in_front_of_the_script():
+    own, rest = launch.parse_args(["--lost_seconds", "5", "--cpu", "-m", "x", "--lost_seconds", "7"])
+    assert own.lost_seconds == 5
+    assert rest == ["--cpu", "-m", "x", "--lost_seconds", "7"]
+
+
+def test_wrong_recipe_ends_before_anything_starts():
+    code, text = run("--config_file", "accelerate_configs/ddp.yaml", "-m", "rwkv_accel.train", RECIPE, "optim.lr=1")
+    assert code == 2
+    assert text.splitlines()[-1].endswith("error: unknown key optim.lr; here it is optim.lr_init")
+
+
+@pytest.mark.parametrize("config", ["cpu", "ddp"])
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_exit_code_is_the_scripts_own(config, code, tmp_path):
+    if (config, code) == ("cpu", 2):
+        pytest.skip("the other three cover one process")
+    script = tmp_path / "ends.py"
+    script.write_text(f"import sys; sys.exit({code})")
+    processes = ("--num_processes", 1 if config == "cpu" else 2)
+    got, text = run("--config_file", f"accelerate_configs/{config}.yaml", *processes, script)
+    assert got == code, text
+
+
+def test_codes_that_disagree_or_signals_are_1():
+    assert launch._agreed_code([75, 75, -15]) == 75
+    assert launch._agreed_code([2, 75]) == 1
+    assert launch._agreed_code([-9]) == 1
+    assert launch._how(-9) == "was ended by SIGKILL"
+
+
+def test_too_few_gpus_are_named(monkeypatch):
+    session = launch.Session(Namespace())
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(UserError, match=f"{socket.gethostname()} has 4 GPUs but 8 processes were asked for"):
+        session._check_gpus(Namespace(nproc_per_node="8"))
+    session._check_gpus(Namespace(nproc_per_node="4"))
+
+
+def test_several_machines_need_an_address():
+    code, text = run("--config_file", "accelerate_configs/multinode_ddp.yaml", "--machine_rank", 0, "-m", "this")
+    assert code == 2
+    assert "several machines need --main_process_ip" in text
+
+
+def test_fewer_machines_need_the_elastic_rendezvous():
+    session = launch.Session(Namespace(min_machines=1))
+    with pytest.raises(UserError, match="--min_machines needs --rdzv_backend c10d"):
+        session._watch_nodes(Namespace(rdzv_backend="static"), 2)
+
+
+def test_main_address_and_port(monkeypatch):
+    with pytest.raises(UserError, match=r"203\.0\.113\.7 is not an address of"):
+        network.check_can_host("203.0.113.7", 29500)
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of .* cannot be taken"):
+            network.check_can_host("127.0.0.1", port)
+        network.wait_until_reachable("127.0.0.1", port, 5, print)
+    network.check_can_host("127.0.0.1", port)
+    with pytest.raises(UserError, match=rf"cannot reach node 0 at 127\.0\.0\.1:{port} \(Connection refused\)"):
+        network.wait_until_reachable("127.0.0.1", port, 1, print)
+
+
+FIRST = NodeFacts(0, "a", {"torch": "2.13.0", "python": "3.11"}, "code", "recipe", 8, ())
+
+
+def test_equal_nodes_have_no_problem():
+    assert compare([FIRST, replace(FIRST, node=1, hostname="b")]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"code": "x"}, "node 1 (b) runs other rwkv_accel code than node 0 (a); update it there"),
+        ({"recipe": "x"}, "node 1 (b) runs another recipe than node 0 (a); give all nodes the same command"),
+        (
+            {"versions": {"torch": "2.12.0", "python": "3.11"}},
+            "node 1 (b) has torch 2.12.0, node 0 (a) has 2.13.0; use one environment",
+        ),
+        ({"num_gpus": 7}, "node 1 (b) has 7 GPUs, node 0 (a) has 8; check the driver there, or leave the node out"),
+        ({"missing": ("d.jsonl",)}, "node 1 (b) does not have d.jsonl, which the recipe names; mount or copy it there"),
+    ],
+)
+def test_each_difference_is_one_line(change, line):
+    assert compare([FIRST, replace(FIRST, node=1, hostname="b", **change)]) == [line]
+
+
+def test_facts_survive_the_store_and_follow_code_and_recipe(tmp_path):
+    config = read_recipe([str(ROOT / RECIPE), "data.path=none.jsonl"])
+    facts = gather_facts(3, config)
+    assert NodeFacts.loads(facts.dumps()) == facts
+    assert facts.missing == ("none.jsonl",)
+    assert facts.recipe != gather_facts(3, read_recipe([str(ROOT / RECIPE)])).recipe
+    assert read_recipe(["--flag"]) is None
+    shutil.copytree(ROOT / "rwkv_accel/cluster", tmp_path / "code")
+    before = code_digest(tmp_path / "code")
+    (tmp_path / "code/facts.py").write_text("")
+    assert code_digest(tmp_path / "code") != before

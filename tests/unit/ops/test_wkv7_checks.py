@@ -1,0 +1,102 @@
+"""Bad arguments are refused before any work, in one line that names the argument and the value."""
+
+import logging
+
+import pytest
+import torch
+
+from rwkv_accel.ops.wkv7 import select_backend, wkv7
+from tests.unit.ops.wkv7_cases import make_inputs
+
+NAMES = ["r", "w_log", "k", "v", "a", "b", "state"]
+
+
+def call(inputs, cu_seqlens=None, backend="auto"):
+    return wkv7(*inputs[:6], state=inputs[6], cu_seqlens=cu_seqlens, backend=backend)
+
+
+@pytest.mark.parametrize("index", range(1, 6))
+def test_every_input_has_the_shape_dtype_and_device_of_r(index):
+    name = NAMES[index]
+    for bad, expected in [
+        (lambda x: x[:, :-1], rf"^{name} must have r's shape \[1, 4, 2, 8\], got \[1, 3, 2, 8\]$"),
+        (lambda x: x[..., :1], rf"^{name} must have r's shape"),
+        (lambda x: x.long(), rf"^{name} must be a floating point tensor, got torch.int64$"),
+        (lambda x: x.to("meta"), rf"^{name} must be on r's device cpu, got meta$"),
+    ]:
+        inputs = make_inputs(1, 4, 2, 8)
+        inputs[index] = bad(inputs[index])
+        with pytest.raises(ValueError, match=expected):
+            call(inputs)
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 2, 8), (0, 4, 2, 8), (4, 2, 8)])
+def test_empty_or_flat_inputs(shape):
+    x = torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"^r must be a non-empty \[batch, tokens, heads, head size\] tensor"):
+        wkv7(x, x, x, x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (torch.zeros(2, 2, 8, 8), r"^state must be \[1, 2, 8, 8\] \(one per sequence\), got \[2, 2, 8, 8\]$"),
+        (torch.zeros(1, 2, 8, 4), r"^state must be \[1, 2, 8, 8\]"),
+        (torch.zeros(1, 2, 8, 8, dtype=torch.int64), "^state must be a floating point tensor"),
+        (torch.zeros(1, 2, 8, 8, device="meta"), "^state must be on r's device cpu, got meta$"),
+    ],
+)
+def test_state(state, expected):
+    with pytest.raises(ValueError, match=expected):
+        call([*make_inputs(1, 4, 2, 8)[:6], state])
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "expected"),
+    [
+        ([1, 4], "must start at 0, got 1$"),
+        ([0, 3], "must end at the number of tokens 4, got 3$"),
+        ([0, 5], "must end at the number of tokens 4, got 5$"),
+        ([0, 2, 2, 4], r"must rise strictly \(no empty sequence\), got 2 then 2 at index 2$"),
+        ([0, 3, 1, 4], "must rise strictly .* got 3 then 1 at index 2$"),
+        ([4], r"must be a vector of at least 2 borders, got \[1\]$"),
+        ([[0, 4]], r"must be a vector of at least 2 borders, got \[1, 2\]$"),
+    ],
+)
+def test_malformed_cu_seqlens(cu_seqlens, expected):
+    inputs = make_inputs(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"^cu_seqlens " + expected):
+        wkv7(*inputs[:6], cu_seqlens=torch.tensor(cu_seqlens))
+
+
+def test_cu_seqlens_needs_one_row_and_integers():
+    inputs = make_inputs(2, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"^cu_seqlens needs a batch of one row .* got 2 rows$"):
+        wkv7(*inputs[:6], cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"^cu_seqlens must be int32 or int64, got torch.float32$"):
+        wkv7(*(x[:1] for x in inputs[:6]), cu_seqlens=torch.tensor([0.0, 4.0]))
+
+
+def test_packed_state_has_a_row_per_document():
+    inputs = make_inputs(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"^state must be \[2, 2, 8, 8\]"):
+        call(inputs, torch.tensor([0, 1, 4]))
+
+
+def test_backend_by_name():
+    assert select_backend("auto", "cpu")[0] == "chunked"
+    assert select_backend("reference", "cpu") == ("reference", "asked for by name")
+    assert select_backend("chunked", "cuda") == ("chunked", "asked for by name")
+    for op in (lambda: select_backend("cuda", "cpu"), lambda: call(make_inputs(1, 4, 2, 8), backend="cuda")):
+        with pytest.raises(ValueError, match=r"^backend must be one of auto, reference, chunked, got 'cuda'$"):
+            op()
+
+
+def test_choice_is_logged_once(caplog):
+    select_backend.cache_clear()
+    with caplog.at_level(logging.INFO, logger="rwkv_accel.ops.wkv7"):
+        for _ in range(3):
+            call(make_inputs(1, 4, 2, 8))
+    assert [r.getMessage() for r in caplog.records] == [
+        "wkv7 backend on cpu: chunked (auto: the fastest backend on cpu)"
+    ]

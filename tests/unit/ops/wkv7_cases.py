@@ -1,0 +1,48 @@
+"""Inputs and comparisons for the WKV-7 tests. B batch, T tokens, H heads, N head size, S sequences."""
+
+import math
+
+import torch
+
+
+def make_inputs(B, T, H, N, *, dtype=torch.float64, S=None, hard=False, seed=0):
+    """[r, w_log, k, v, a, b, state] as a model makes them: a = -kappa, b = kappa * rate, |kappa| = 1.
+
+    `hard`: near-identical keys, rate near 1 and hardly any decay, the worst conditioned inverse.
+    """
+    gen = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    r, k, v, kappa, rate, w_logit = (normal(B, T, H, N) for _ in range(6))
+    rate = torch.sigmoid(2 * rate)
+    if hard:
+        kappa = kappa[:, :1] + 0.01 * kappa
+        rate, w_logit = 0.98 + 0.02 * rate, w_logit - 8
+    kappa = torch.nn.functional.normalize(kappa, dim=-1)
+    w_log = -math.exp(-0.5) * torch.sigmoid(2 * w_logit - 1)
+    state = 0.3 * normal(S or B, H, N, N)
+    return [x.to(dtype) for x in (r / 2, w_log, k / 2, v / 2, -kappa, kappa * rate, state)]
+
+
+NAMES = ("out", "final", "r", "w_log", "k", "v", "a", "b", "state")
+
+
+def results(op, inputs, *, seed=1, **kwargs):
+    """{name: tensor}: output, final state and the gradients of a random projection of both."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out, final = op(*leaves[:6], state=leaves[6], **kwargs)
+    gen = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(x.shape, generator=gen, dtype=torch.float64).to(x.dtype) for x in (out, final)]
+    grads = torch.autograd.grad((out * weights[0]).sum() + (final * weights[1]).sum(), leaves)
+    return dict(zip(NAMES, (out, final, *grads)))
+
+
+def assert_close(actual, expected, tolerance):
+    """Relative error in the Euclidean norm, tensor by tensor. NaN fails."""
+    assert actual.keys() == expected.keys()
+    for name, x in actual.items():
+        y = expected[name].double()
+        error = ((x.double() - y).norm() / y.norm()).item()
+        assert error <= tolerance, f"{name}: {error:.1e} > {tolerance:.0e}"

@@ -1,0 +1,126 @@
+"""Recipe loading: precedence, every problem at once, names of other trainers, round trip."""
+
+from pathlib import Path
+
+import pytest
+
+from rwkv_accel.config.load import KNOWN_ELSEWHERE, dump_config, leaf_keys, load_config
+from rwkv_accel.errors import UserError
+
+MINIMAL = "out_dir: out/x\nmodel: {path: base.pth}\ndata: {path: a.jsonl}\n"
+
+
+def recipe(tmp_path, text=MINIMAL):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(path, *overrides):
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_default_then_yaml_then_override(tmp_path):
+    path = recipe(tmp_path, MINIMAL + "optim: {lr_init: 1e-3, warmup_steps: 7}\n")
+    config = load_config(path, ["optim.warmup_steps=9", "peft.targets=[att.key]"])
+    assert (config.optim.lr_init, config.optim.warmup_steps) == (1e-3, 9)
+    assert config.optim.betas == (0.9, 0.99)
+    assert config.peft.targets == ("att.key",)
+
+
+def test_number_without_dot_is_a_number(tmp_path):
+    # PyYAML reads 3e-4 as a string.
+    assert load_config(recipe(tmp_path), ["optim.lr_init=3e-4"]).optim.lr_init == 3e-4
+
+
+def test_all_problems_in_one_go(tmp_path):
+    lines = problems(recipe(tmp_path), "peft.rank=0", "data.ctx_len=0", "trainer.max_epochs=two", "optim.lr=1")
+    assert len(lines) == 4
+    text = "\n".join(lines)
+    for needle in ("peft.rank", "data.ctx_len", "trainer.max_epochs", "'two'", "optim.lr_init"):
+        assert needle in text
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("peft.rnak", "peft.rank"),
+        ("optim.leanring_rate", "optim.lr_init"),
+        ("trainer.seeed", "trainer.seed"),
+        ("epoch_count", "trainer.max_epochs"),
+        ("checkpoint.keep_lst", "checkpoint.keep_last"),
+    ],
+)
+def test_unknown_key_names_the_nearest(tmp_path, key, nearest):
+    (line,) = problems(recipe(tmp_path), f"{key}=1")
+    assert f"unknown key {key}" in line
+    assert nearest in line.split(";")[1]
+
+
+def test_names_of_other_trainers_point_to_real_keys():
+    assert set(KNOWN_ELSEWHERE.values()) <= set(leaf_keys())
+
+
+def test_round_trip(tmp_path):
+    config = load_config(recipe(tmp_path), ["optim.betas=[0.8, 0.95]", "peft.train_parts=[ln, emb]"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needle"),
+    [
+        (["model.init.n_layer=2", "model.init.n_embd=64"], "exactly one of model.path"),
+        (["peft.svd_niter=4"], "peft.svd_niter applies to"),
+        (["trainer.global_batch_size=8", "trainer.accumulate_grad_batches=2"], "not both"),
+        (["data.prompt_column=q"], "go together"),
+        (["optim.schedule=constant", "optim.lr_final=0"], "constant never reaches"),
+        (["optim.schedule=exponential", "optim.lr_final=0"], "exponential needs"),
+        (["optim.weight_decay_final=0.1"], "exponentially"),
+        (["model={init: {n_layer: 1, n_embd: 100}}"], "not a multiple of head_size"),
+        (["out_dir"], "not of the form key.sub=value"),
+        (["--lr=1"], "not of the form key.sub=value"),
+        (["optim.lr_init=nan"], "optim.lr_init"),
+        (["optim.lr_init=1", "optim.lr_init.x=1"], "lr_init is a value, not a section"),
+    ],
+)
+def test_cross_field_rules_say_what_to_do(tmp_path, overrides, needle):
+    assert any(needle in line for line in problems(recipe(tmp_path), *overrides))
+
+
+def test_missing_recipe_names_the_nearest(tmp_path):
+    recipe(tmp_path)
+    (line,) = problems(tmp_path / "rr.yaml")
+    assert "does not exist" in line
+    assert "r.yaml" in line
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", ""])
+def test_broken_recipe_is_one_line(tmp_path, text):
+    assert all("\n" not in line for line in problems(recipe(tmp_path, text)))
+
+
+def test_micro_batches(tmp_path):
+    trainer = load_config(recipe(tmp_path), ["trainer.global_batch_size=12", "trainer.micro_batch_size=2"]).trainer
+    assert [trainer.micro_batches(w) for w in (1, 2, 3)] == [6, 3, 2]
+    with pytest.raises(UserError, match="8 or 16"):
+        trainer.micro_batches(4)
+
+
+@pytest.mark.parametrize("path", sorted(Path("launch/recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_loads(path):
+    load_config(path)
+
+
+def test_every_field_has_a_docstring_and_a_reader():
+    """A key that nothing reads is a defect: each leaf's name must occur in the package outside the schema."""
+    package = Path("rwkv_accel")
+    code = "\n".join(p.read_text() for p in package.rglob("*.py") if p.name != "schema.py")
+    schema = (package / "config" / "schema.py").read_text()
+    for key in leaf_keys():
+        name = key.rsplit(".", 1)[-1]
+        read_here = f"self.{name}" in schema
+        assert f".{name}" in code or read_here or key.startswith("optim.lr_scale."), f"nothing reads {key}"

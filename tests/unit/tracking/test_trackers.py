@@ -2,6 +2,7 @@
 
 import struct
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,9 @@ def test_wandb_offline_is_written_and_a_resume_keeps_the_id(make_config, tmp_pat
     trackers.log({"loss": 1.25, "lr": 0.25}, 2)
     trackers.close()
     wandb.teardown()  # a resume is a new process: wandb's service of this one still knows the id
+    started = time.time()
+    while int(time.time()) == int(started):  # wandb names a run's folder by the second
+        time.sleep(0.05)
     resumed = open_for(config, tmp_path, run_id=run_id, resume_step=2)
     assert resumed.wandb_run_id == run_id
     resumed.log({"loss": 0.5, "lr": 0.125}, 3)

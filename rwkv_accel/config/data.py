@@ -1,0 +1,96 @@
+"""The section `data`: where the text comes from and how it becomes rows of tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rwkv_accel.config.base import Positive, Strict
+
+
+class DataConfig(Strict):
+    """Where the text comes from and how it becomes rows of tokens."""
+
+    path: str | tuple[str, ...]
+    """Training data, read in this order: .jsonl (one JSON object per line), .txt (documents split at runs of three
+    newlines), .parquet, .arrow, .csv, .json, a folder of Dataset.save_to_disk, binidx (name.bin, with name.idx beside
+    it), or hub:owner/name. Files may be URLs that fsspec knows (s3://, hf://, https://), binidx excepted."""
+    split: str = "train"
+    """hub and folders of several splits: the split to read."""
+    subset: str | None = None
+    """hub: the configuration of a data set that has several."""
+    streaming: bool = False
+    """hub: read through the network instead of downloading first; needs max_documents."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Mix the paths: relative share of the rows that each gives, one number per path. An epoch has as many rows as
+    all paths together; a path with a larger share than it has rows is read again, in another order."""
+    text_column: str = "text"
+    """Column with a whole document."""
+    messages_column: str = "messages"
+    """Column with a list of {role, content} turns (or of {from, value}, as in the column `conversations`)."""
+    prompt_column: str | None = None
+    """Column with the prompt; goes with response_column and wins over the other columns."""
+    response_column: str | None = None
+    """Column with the reply, the only target."""
+    template: str = "rwkv"
+    """How turns become text. rwkv: the official User/Assistant form. raw: the texts side by side, nothing added.
+    Or a .jinja file with a chat template of the Hugging Face kind."""
+    target_roles: Annotated[tuple[Literal["system", "user", "assistant", "tool"], ...], Field(min_length=1)] = (
+        "assistant",
+    )
+    """Roles whose turns are targets of the loss."""
+    target_turns: Literal["all", "last"] = "all"
+    """all: every turn of these roles is a target. last: only the last one of a conversation."""
+    thinking: Literal["keep", "drop", "fast"] = "keep"
+    """Reasoning (`reasoning_content`, or <think>..</think> at the head of a reply). keep: trained as the reply to
+    `Assistant: <think`. drop: left out. fast: as keep, and replies without it follow an empty think block."""
+    tokenizer: str = "world"
+    """world: RWKV World vocabulary (65536 ids). byte: one id per byte plus end of text (257 ids). Or the path of a
+    Hugging Face tokenizer.json, or of the folder that holds it."""
+    ctx_len: Positive = 1024
+    """Row length in tokens: what one sample of the model is long."""
+    packing: Literal["pack", "pad", "bucket"] = "pack"
+    """pack: several documents share a row, each with its own fresh state. pad: one document per row. bucket: one
+    document per row, and an update's rows are of similar length, so that little is padded."""
+    overlong: Literal["split", "truncate", "drop"] = "split"
+    """What to do with a document longer than ctx_len. Counted and reported. split: every piece of it starts from a
+    fresh state. truncate: its end, end of text included, is lost."""
+    sampling: Literal["documents", "magic_prime"] = "documents"
+    """documents: rows are made of documents. magic_prime (binidx only): the official pretraining order, rows of
+    ctx_len tokens out of the flat stream of tokens, which cross documents without a reset."""
+    max_documents: Positive | None = None
+    """Read only this many documents (of each path, if they are mixed by weights)."""
+    on_bad_line: Literal["stop", "skip"] = "stop"
+    """A broken line or record: stop with file and line number, or skip it and count."""
+    shuffle: bool = True
+    """Shuffle the rows anew in every epoch (seeded by trainer.seed). False keeps the file's order."""
+    cache_dir: str | None = "~/.cache/rwkv_accel/data"
+    """Folder for the tokens of large sources (32 MB and more) and for the rows of large sets, found again by content
+    and settings. None: tokenise at every start, in every process."""
+
+    @model_validator(mode="after")
+    def _columns_pair(self) -> DataConfig:
+        if (self.prompt_column is None) != (self.response_column is None):
+            raise ValueError("data.prompt_column and data.response_column go together: set both or none")
+        return self
+
+    @model_validator(mode="after")
+    def _orders_fit(self) -> DataConfig:
+        num_paths = 1 if isinstance(self.path, str) else len(self.path)
+        if self.weights is not None and len(self.weights) != num_paths:
+            raise ValueError(f"data.weights has {len(self.weights)} numbers for {num_paths} paths; give one per path")
+        if self.streaming and self.max_documents is None:
+            raise ValueError("data.streaming needs data.max_documents: rows are planned before the first step")
+        fixed = "data.packing bucket" if self.packing == "bucket" else ""
+        fixed = "data.weights" if self.weights is not None else fixed
+        if fixed and not self.shuffle:
+            raise ValueError(f"{fixed} decides the order of rows; set data.shuffle=true")
+        if self.packing == "bucket" and self.weights is not None:
+            raise ValueError("data.packing bucket sorts all rows by length; with data.weights use pack or pad")
+        if self.sampling == "magic_prime" and (num_paths != 1 or self.max_documents or not self.shuffle):
+            raise ValueError(
+                "data.sampling magic_prime reads one whole binidx in its own order: give one path, "
+                "no data.max_documents, and leave data.shuffle true"
+            )
+        return self

@@ -32,6 +32,7 @@ from rwkv_accel.model.precision import Precision
 from rwkv_accel.optim import build_optimizer
 from rwkv_accel.peft.apply import load_model_and_apply_peft, print_model_param
 from rwkv_accel.peft.plan import make_plan
+from rwkv_accel.progress import set_progress_mode
 from rwkv_accel.runtime import build_accelerator, check_engine, check_offload, is_main_process, set_seed, world_size
 from rwkv_accel.state import TrainState
 from rwkv_accel.tracking import RunLog
@@ -46,6 +47,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     """Everything before the first step. Cheap checks come first: a mistake must cost seconds. Collective."""
     stop = StopRequest().install()
     set_seed(config.trainer.seed)
+    set_progress_mode(config.tracking.progress)
     trainer = config.trainer
     accelerator = build_accelerator(trainer, trainer.micro_batches(world_size()))
     check_offload(accelerator, config.optim.optimizer)

@@ -15,6 +15,7 @@ from rwkv_accel.data.documents import Document, DocumentReader, ReadReport
 from rwkv_accel.data.sources import Record, Source, find_sources, read_records, remote_identity
 from rwkv_accel.data.store import DocumentStore, build_store, open_store, store_of_binidx
 from rwkv_accel.data.tokenizer import Tokenizer
+from rwkv_accel.progress import progress
 
 CACHE_MIN_BYTES = 32 << 20
 REPORT = "report.json"
@@ -69,7 +70,7 @@ def read_documents(data: DataConfig, tokenizer: Tokenizer, report: ReadReport) -
             if source.is_binidx:
                 yield from _binidx_documents(source)
             else:
-                yield from reader.documents(read_records(source, data), report)
+                yield from reader.documents(_records([source], data), report)
 
     return islice(each(), data.max_documents)
 
@@ -96,7 +97,7 @@ def _open_group(
 
     def build(folder: Path | None) -> tuple[DocumentStore, ReadReport]:
         report = ReadReport()
-        records = _records(group, limited, progress=True)
+        records = _records(group, limited)
         documents = islice(DocumentReader(limited, tokenizer).documents(records, report), budget)
         return build_store(documents, tokenizer.vocab_size, folder), report
 
@@ -136,12 +137,7 @@ def _content(source: Source, data: DataConfig, root: Path) -> list[str]:
     return remote_identity(source, data)
 
 
-def _records(group: list[Source], data: DataConfig, *, progress: bool) -> Iterator[Record]:
-    for source in group:
-        records: Iterable[Record] = read_records(source, data)
-        if progress:
-            from tqdm import tqdm
-
-            # Shown only if it takes long, and only on a terminal.
-            records = tqdm(records, desc=f"tokenising {Path(source.path).name}", unit=" docs", delay=3, disable=None)
-        yield from records
+def _records(sources: Iterable[Source], data: DataConfig) -> Iterator[Record]:
+    for source in sources:
+        records = read_records(source, data)
+        yield from progress(records, f"tokenising {Path(source.path).name}", unit="documents")

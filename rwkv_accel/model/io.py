@@ -20,6 +20,7 @@ from rwkv_accel.model.checkpoint_file import Checkpoint, read_checkpoint
 from rwkv_accel.model.config import RWKV7Config, Shape, parameter_shapes
 from rwkv_accel.model.precision import Precision
 from rwkv_accel.model.rwkv7 import RWKV7
+from rwkv_accel.progress import progress
 
 __all__ = [
     "Checkpoint",
@@ -42,19 +43,20 @@ def load_model(
     *,
     wkv_backend: str = "auto",
     transform: Transform | None = None,
+    what: str = "loading the model",
 ) -> RWKV7:
     """Model of a checkpoint file on the CPU, every weight in `precision.frozen`; strict about names and
     shapes.
 
     Memory: one tensor at a time is read and cast. A tensor that already has its dtype is not copied: it stays
     a private copy-on-write mapping of the file, which the processes of a node share. Layer-0 value matrices
-    and `time_state` are optional. `transform` as in `build_model`. Raises UserError naming the file and the
+    and `time_state` are optional. `transform` and `what` as in `build_model`. Raises UserError naming the file and the
     remedy.
     """
     checkpoint = read_checkpoint(path)
     config = checkpoint.config
     _check_names_and_shapes(checkpoint, config)
-    return build_model(config, checkpoint, precision, wkv_backend=wkv_backend, transform=transform)
+    return build_model(config, checkpoint, precision, wkv_backend=wkv_backend, transform=transform, what=what)
 
 
 def build_model(
@@ -64,6 +66,7 @@ def build_model(
     *,
     wkv_backend: str = "auto",
     transform: Transform | None = None,
+    what: str = "loading the model",
 ) -> RWKV7:
     """Model filled from `tensors`, which hold every name of `parameter_shapes(config)` (and perhaps
     time_state).
@@ -76,10 +79,13 @@ def build_model(
     - an nn.Module: takes the place of the whole module (one with a single parameter, such as a Linear). This
       is how weights are quantised while streaming: build the quantised layer from `tensor` and return it; the
       full-width tensor is dropped before the next one is read.
+
+    `what` names the work in the progress display.
     """
     with torch.device("meta"):
         model = RWKV7(config, compute_dtype=precision.compute, wkv_backend=wkv_backend)
-    for name in list(parameter_shapes(config)) + _time_state_names(tensors):
+    names = list(parameter_shapes(config)) + _time_state_names(tensors)
+    for name in progress(names, what, unit="tensors"):
         module_name, _, parameter_name = name.rpartition(".")
         tensor = tensors[name]
         value = transform(module_name, parameter_name, tensor) if transform else None
@@ -149,7 +155,8 @@ def checkpoint_digest(path: str | os.PathLike[str]) -> str:
         return f"{name} {tensor.dtype} {list(tensor.shape)} {content}\n"
 
     with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
-        lines = "".join(pool.map(line, names))
+        hashed = progress(pool.map(line, names), f"hashing {checkpoint.path.name}", total=len(names), unit="tensors")
+        lines = "".join(hashed)
     return "sha256:" + hashlib.sha256(lines.encode()).hexdigest()
 
 

@@ -69,7 +69,9 @@ def load_model_and_apply_peft(
             check_base(meta, checkpoint_digest(path), peft_config.load_path, path)
         frozen_tensors = frozen_tensors or loaded
     apply = Applier(plan, precision, seed, frozen_tensors or {})
-    model = load_model(path, precision, wkv_backend=model_config.wkv_backend, transform=apply)
+    model = load_model(
+        path, precision, wkv_backend=model_config.wkv_backend, transform=apply, what=_work(path, plan, peft_config)
+    )
     add_time_states(model, plan.state_blocks, precision.trainable)
     if peft_config.state_prompt is not None and loaded is None:
         if encode is None:
@@ -84,6 +86,16 @@ def load_model_and_apply_peft(
     if loaded is not None:
         set_adapter_tensors(model, loaded, str(peft_config.load_path))
     return model
+
+
+def _work(path: Path, plan: Plan, peft: PeftConfig) -> str:
+    """What happens to the base while it is loaded, for the progress display."""
+    work = [f"loading {path.name}"]
+    if plan.quant is not None:
+        work.append(f"quantising to {plan.quant.kind}")
+    if peft.method == "pissa":
+        work.append("decomposing for pissa")
+    return ", ".join(work)
 
 
 class Applier:

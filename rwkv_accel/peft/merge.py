@@ -19,6 +19,7 @@ from rwkv_accel.model.rwkv7 import RWKV7
 from rwkv_accel.peft.adapter_file import AdapterMeta, check_finite
 from rwkv_accel.peft.base import AdapterLinear, frozen_linear
 from rwkv_accel.peft.plan import Plan, make_plan
+from rwkv_accel.progress import progress
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float64: 1e-4}
 """Largest accepted difference of the logits, by the dtype that the merged weights are stored in: its RMS over the
@@ -80,7 +81,7 @@ def merged_tensors(
     Raises:
         UserError: a merged value is not finite.
     """
-    for name in base:
+    for name in progress(base, "merging", unit="tensors"):
         tensor = base[name]
         merged = _merged(name, tensor, adapters)
         if merged is not None:

@@ -1,15 +1,13 @@
-"""Progress on the terminal: a bar where someone watches, now and then a plain line where a file does."""
+"""Progress of a run on the terminal: a bar where someone watches, now and then a plain line where a file does."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TextIO, TypeVar
+from collections.abc import Callable
+from typing import Any, TextIO
 
-Item = TypeVar("Item")
-
-SECONDS_BETWEEN_LINES = 5.0
+from rwkv_accel.progress import SECONDS_BETWEEN_LINES, choose_mode
 
 
 class Progress:
@@ -71,44 +69,6 @@ class Progress:
     def _write(self, text: str) -> None:
         self._stream.write(text + "\n")
         self._stream.flush()
-
-
-def progress(
-    items: Iterable[Item] | int,
-    desc: str,
-    *,
-    mode: str = "auto",
-    stream: TextIO | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Any]:
-    """Pass the items on (a number n means range(n)), and show how far long work has come.
-
-    Plain lines come every few seconds, so work that is quick says nothing. Call it on the main process, or with
-    mode="none" on the others.
-    """
-    work: Any = range(items) if isinstance(items, int) else items
-    stream = stream or sys.stderr
-    mode = choose_mode(mode, stream)
-    if mode == "bar":
-        from tqdm import tqdm
-
-        yield from tqdm(work, desc=desc, file=stream, dynamic_ncols=True, leave=False)
-        return
-    of_total = f"/{len(work)}" if hasattr(work, "__len__") else ""
-    last = clock()
-    for done, item in enumerate(work):
-        if mode == "lines" and clock() - last >= SECONDS_BETWEEN_LINES:
-            last = clock()
-            stream.write(f"{desc} {done}{of_total}\n")
-            stream.flush()
-        yield item
-
-
-def choose_mode(mode: str, stream: TextIO) -> str:
-    """auto: a bar on a terminal, lines elsewhere."""
-    if mode != "auto":
-        return mode
-    return "bar" if stream.isatty() else "lines"
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "rwkv_accel"
 
 LAYERS = [
-    {"errors", "config", "runtime", "__init__"},
+    {"errors", "config", "runtime", "progress", "__init__"},
     {"ops"},
     {"model"},
     {"peft", "data"},

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from rwkv_accel.tracking.progress import Progress, duration, progress
+from rwkv_accel.tracking.progress import Progress, duration
 
 
 class Terminal(io.StringIO):
@@ -63,25 +63,6 @@ def test_message_stands_on_its_own_line_above_the_bar():
     shown.message("saved out/demo")
     shown.close()
     assert "saved out/demo" in stream.getvalue().replace("\r", "\n").split("\n")
-
-
-def test_long_work_passes_items_on_and_speaks_now_and_then(clock):
-    stream, seen = io.StringIO(), []
-    for item in progress(["a", "b", "c", "d"], "loading", stream=stream, clock=clock):
-        seen.append(item)
-        clock.advance(3)
-    assert seen == ["a", "b", "c", "d"]
-    assert stream.getvalue() == "loading 2/4\n"
-
-
-def test_long_work_takes_a_number_and_generators(clock):
-    stream = io.StringIO()
-    assert list(progress(3, "svd", stream=stream, clock=clock)) == [0, 1, 2]
-    assert list(progress((x for x in "ab"), "svd", mode="none", stream=stream)) == ["a", "b"]
-    assert stream.getvalue() == "", "quick work says nothing"
-    terminal = Terminal()
-    assert list(progress(3, "svd", stream=terminal)) == [0, 1, 2]
-    assert "svd: 100%" in terminal.getvalue() or "svd:   0%" in terminal.getvalue()
 
 
 def test_duration():

@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_accel.generate",
         description="Generate text with a trained run, an adapter or any RWKV-7 checkpoint.",
-        epilog='Example: python -m rwkv_accel.generate out/demo "How do magnets work?" --temperature 0',
+        epilog='Example: python -m rwkv_accel.generate out/demo "How do magnets work?" --greedy',
         allow_abbrev=False,
     )
     parser.add_argument("path", help="run folder (its newest save), adapter folder, or checkpoint file")
@@ -47,8 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=default.temperature,
         metavar="T",
-        help="0 takes the likeliest token",
+        help="above 0: below 1 sharpens, above 1 flattens",
     )
+    sampling.add_argument("--greedy", action="store_true", help="always the likeliest token, in place of sampling")
     sampling.add_argument("--top-p", type=float, default=default.top_p, metavar="P", help="nucleus, in (0, 1]")
     sampling.add_argument("--top-k", type=int, default=default.top_k, metavar="K", help="0 keeps all")
     sampling.add_argument("--min-p", type=float, default=default.min_p, metavar="P")
@@ -79,7 +80,7 @@ def params_from(args: argparse.Namespace) -> SamplingParams:
     names = tuple(args.stop or (["none"] if args.raw else ["chat"]))
     return SamplingParams(
         max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
+        temperature=None if args.greedy else args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
         min_p=args.min_p,

@@ -15,7 +15,7 @@ from rwkv_accel import __version__
 from rwkv_accel.checkpoint import check_same_run, find_resume_on_all, load_checkpoint, read_state
 from rwkv_accel.checkpoint.collective import on_main, once_per_node
 from rwkv_accel.checkpoint.portable import read_extra_tensors
-from rwkv_accel.checkpoint.weights import base_checkpoint
+from rwkv_accel.checkpoint.weights import INIT_FILE, RUN_FILE, base_checkpoint
 from rwkv_accel.config.load import dump_config
 from rwkv_accel.config.schema import DataConfig, ModelConfig, RunConfig, TrainerConfig
 from rwkv_accel.data.loader import TrainLoader, build_train_loader
@@ -39,8 +39,6 @@ from rwkv_accel.tracking import RunLog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-INIT_FILE = "rwkv-init.pth"
 
 
 def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
@@ -204,7 +202,7 @@ def prepare_out_dir(config: RunConfig) -> None:
     out_dir = Path(config.out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        _write_atomic(out_dir / "run.yaml", dump_config(config))
+        _write_atomic(out_dir / RUN_FILE, dump_config(config))
         _write_atomic(out_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}; choose another out_dir") from None

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 WEIGHTS_DIR = "adapter"
 BEST_DIR = "best"
 LATEST_FILE = "LATEST"
+RUN_FILE = "run.yaml"
+"""The resolved recipe in a run folder."""
+INIT_FILE = "rwkv-init.pth"
+"""The start weights in the folder of a run that made its own."""
 MODEL_FILE = "model.pth"
 
 
@@ -93,6 +97,14 @@ def latest_weights(out_dir: str | Path) -> Path:
     if not pointer.is_file():
         raise UserError(f"{out_dir} holds no saved weights ({pointer} is missing); let its run finish first")
     return pointer.parent / pointer.read_text(encoding="utf-8").strip()
+
+
+def run_folder_of(save: str | Path) -> Path | None:
+    """The run folder that a save (out_dir/adapter/<name> or out_dir/best) lies in; None if it stands alone."""
+    save = Path(save).resolve()
+    depth = 0 if save.name == BEST_DIR else 1
+    folder = save.parents[depth] if len(save.parents) > depth else save
+    return folder if (folder / RUN_FILE).is_file() else None
 
 
 def base_checkpoint(path: str | Path) -> Path:

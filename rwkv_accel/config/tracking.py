@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rwkv_accel.config.base import Positive, Strict
 
@@ -36,7 +36,14 @@ class SamplesConfig(Strict):
     """Take the prompts as plain text to be continued, without the chat template."""
     max_new_tokens: Positive = 64
     """Length limit of an answer in tokens."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Sampling temperature; 0 takes the likeliest token."""
+    temperature: float | None = None
+    """Sampling temperature. None is greedy: always the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus share that is kept when sampling."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _is_warm(cls, value: float | None) -> float | None:
+        if value is not None and value <= 0:
+            raise ValueError(f"must be above 0, got {value:g}; null takes the likeliest token (greedy)")
+        return value

@@ -79,6 +79,7 @@ def beam_search(generator: TextGenerator, prompt: str, params: BeamParams) -> li
     prompt.
     """
     finished: list[Hypothesis] = []
+    generator.foresee([prompt], params.num_beams)
     with generator.inference():
         recurrent = RecurrentStep(generator.model)
         logits_KV, state = prefill(generator.model, [generator.encode(prompt)], generator.model.fresh_state(1))

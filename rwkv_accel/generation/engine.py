@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rwkv_accel.errors import UserError
 from rwkv_accel.generation.decode import RecurrentStep
+from rwkv_accel.generation.footprint import check_memory
 from rwkv_accel.generation.params import EOT_ID, SamplingParams, default_stop
 from rwkv_accel.generation.penalty import PenaltyCounter
 from rwkv_accel.generation.prefill import prefill
@@ -24,6 +25,8 @@ from rwkv_accel.model.rwkv7 import RWKV7
 from rwkv_accel.model.state import RWKV7State
 
 DEFAULT_PARAMS = SamplingParams()
+ESTIMATE_CHARACTERS = 4096
+"""Beginning of a prompt from which its number of tokens is estimated."""
 StopReason = Literal["eot", "stop", "length", "interrupted"]
 
 
@@ -108,7 +111,7 @@ class TextGenerator:
         prompts: Sequence[str],
         *,
         max_new_tokens: int = 256,
-        temperature: float = 1.0,
+        temperature: float | None = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
@@ -172,6 +175,7 @@ class TextGenerator:
         while True:
             entering = [] if self.interrupted else self._take(waiting, self.batch_size - len(rows))
             if entering:
+                self.foresee([request.prompt for _, request in entering], len(rows) + len(entering))
                 new_rows, new_logits, new_state = self._enter(entering)
                 rows += new_rows
                 state = new_state if state is None else RWKV7State.cat([state, new_state])
@@ -199,6 +203,7 @@ class TextGenerator:
 
     def read(self, text: str, memory: Memory | None = None) -> Memory:
         """Memory after `text`, without generating: a shared beginning to start many requests from."""
+        self.foresee([text], 1)
         with self.inference():
             ids = self.encode(text, memory)
             start = self.model.fresh_state(1) if memory is None else memory.state
@@ -231,6 +236,14 @@ class TextGenerator:
             for (index, request), ids in zip(entering, prompts)
         ]
         return rows, logits_RV, state
+
+    def foresee(self, prompts: Sequence[str], num_rows: int) -> None:
+        """Raises UserError, before any work, if these prompts beside num_rows rows do not fit into free memory."""
+        num_tokens = 0
+        for prompt in prompts:
+            sample = prompt[:ESTIMATE_CHARACTERS]
+            num_tokens += len(self.tokenizer.encode(sample)) * len(prompt) // max(len(sample), 1)
+        check_memory(self.model, num_rows=num_rows, num_tokens=num_tokens)
 
     def encode(self, prompt: str, memory: Memory | None = None) -> list[int]:
         """Tokens to read: those pending in the memory and the prompt's. Raises UserError if there is none."""
@@ -271,7 +284,7 @@ class TextGenerator:
             for members in groups.values():
                 part_RV = logits_RV if len(members) == len(rows) else logits_RV[members]
                 params = rows[members[0]].request.params
-                if params.temperature == 0:
+                if params.temperature is None:
                     drawn = part_RV.argmax(-1)
                 else:
                     # On the host and one per row: the same numbers on every device and in every batch.

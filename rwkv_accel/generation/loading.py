@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_accel.checkpoint.weights import base_checkpoint, latest_weights
+from rwkv_accel.checkpoint.weights import INIT_FILE, RUN_FILE, base_checkpoint, latest_weights, run_folder_of
 from rwkv_accel.config.load import load_config
 from rwkv_accel.config.schema import ModelConfig, RunConfig
 from rwkv_accel.data.tokenizer import Tokenizer, build_tokenizer
@@ -20,8 +20,6 @@ from rwkv_accel.model.state import RWKV7State
 from rwkv_accel.peft.adapter_file import META_FILE, read_meta
 from rwkv_accel.peft.apply import load_model_and_apply_peft
 
-RUN_FILE = "run.yaml"
-INIT_FILE = "rwkv-init.pth"
 CHECKPOINT_SUFFIXES = (".pth", ".safetensors")
 
 
@@ -131,31 +129,31 @@ def _of_folder(folder: Path, base: Path | None) -> Source:
         return _of_adapter(folder, base)
     models = [folder / f"model{suffix}" for suffix in CHECKPOINT_SUFFIXES if (folder / f"model{suffix}").is_file()]
     if models:
-        config = _config_above(folder)
-        return Source(models[0], tokenizer=config.data.tokenizer if config else None)
+        run = run_folder_of(folder)
+        return Source(models[0], tokenizer=_recipe(run).data.tokenizer if run else None)
     if (folder / RUN_FILE).is_file():
         return _of_folder(latest_weights(folder), base)
     raise UserError(f"{folder} is no run (no {RUN_FILE}) and no save (no {META_FILE}, no model.pth); give one of these")
 
 
 def _of_adapter(folder: Path, base: Path | None) -> Source:
-    meta, config = read_meta(folder), _config_above(folder)
+    meta, run = read_meta(folder), run_folder_of(folder)
     candidates = [path for path in (base, Path(meta.base_path) if meta.base_path else None) if path]
-    if config is not None:
+    tokenizer = meta.tokenizer
+    if run is not None:
         # The run may have moved since: what it started from may still lie in it or where its recipe says.
+        config = _recipe(run)
         started_from = config.model.path
-        candidates.append(base_checkpoint(started_from) if started_from else folder.parent.parent / INIT_FILE)
-    tokenizer = meta.tokenizer or (config.data.tokenizer if config else None)
+        candidates.append(base_checkpoint(started_from) if started_from else run / INIT_FILE)
+        tokenizer = tokenizer or config.data.tokenizer
     if not candidates:
         raise UserError(f"adapter {folder} does not say where its base model is; give it with --base")
     existing = [path for path in candidates if path.is_file()]
     return Source((existing or candidates)[0], folder, tokenizer)
 
 
-def _config_above(folder: Path) -> RunConfig | None:
-    """Recipe of the run that a save (out_dir/adapter/epoch-0003) belongs to."""
-    recipe = folder.resolve().parent.parent / RUN_FILE
-    return load_config(recipe) if recipe.is_file() else None
+def _recipe(run: Path) -> RunConfig:
+    return load_config(run / RUN_FILE)
 
 
 def _guess_tokenizer(vocab_size: int) -> str:

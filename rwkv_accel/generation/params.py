@@ -28,8 +28,8 @@ class SamplingParams:
 
     max_new_tokens: int = 256
     """Most tokens that are generated."""
-    temperature: float = 1.0
-    """0 takes the likeliest token (greedy); below 1 sharpens, above 1 flattens."""
+    temperature: float | None = 1.0
+    """Below 1 sharpens, above 1 flattens the distribution. None is greedy: always the likeliest token."""
     top_p: float = 1.0
     """Nucleus: smallest set of likeliest tokens with at least this mass, in (0, 1]. 1 keeps all."""
     top_k: int = 0
@@ -56,7 +56,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
-        self._require(0 <= self.temperature < math.inf, "temperature", "0 (greedy) or above")
+        warm = self.temperature is None or 0 < self.temperature < math.inf
+        self._require(warm, "temperature", "above 0 (for the likeliest token: --greedy, or temperature null)")
         self._require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         self._require(self.top_k >= 0, "top_k", "0 (off) or above")
         self._require(0 <= self.min_p <= 1, "min_p", "between 0 (off) and 1")
@@ -77,7 +78,7 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
-    def distribution(self) -> tuple[float, float, int, float, str]:
+    def distribution(self) -> tuple[float | None, float, int, float, str]:
         """What two requests must share to be sampled in one call."""
         return self.temperature, self.top_p, self.top_k, self.min_p, self.order
 

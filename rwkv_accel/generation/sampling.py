@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rwkv_accel.errors import UserError
 from rwkv_accel.generation.params import SamplingParams
 
 _CANDIDATES = 256
@@ -17,9 +18,9 @@ _CANDIDATES = 256
 
 
 def apply_temperature(logits_RV: Tensor, temperature: float) -> Tensor:
-    """logits / temperature. Raises ValueError unless temperature > 0."""
+    """logits / temperature. Raises UserError unless temperature > 0."""
     if not temperature > 0:
-        raise ValueError(f"temperature must be above 0 here (0 is greedy, see probabilities), got {temperature}")
+        raise UserError(f"temperature must be above 0, got {temperature}; None asks for the likeliest token")
     return logits_RV / temperature
 
 
@@ -96,8 +97,8 @@ def hf_probabilities(
 
 
 def probabilities(logits_RV: Tensor, params: SamplingParams) -> Tensor:
-    """Distribution [R,V] that `params` samples from; temperature 0 puts all mass on the likeliest token."""
-    if params.temperature == 0:
+    """Distribution [R,V] that `params` samples from; without a temperature all mass is on the likeliest token."""
+    if params.temperature is None:
         return torch.zeros_like(logits_RV).scatter_(-1, logits_RV.argmax(-1, keepdim=True), 1.0)
     function = rwkv_probabilities if params.order == "rwkv" else hf_probabilities
     return function(

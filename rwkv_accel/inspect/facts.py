@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from rwkv_accel.checkpoint.format import MANIFEST_FILE, STATE_FILE, read_document, validate
-from rwkv_accel.checkpoint.weights import latest_weights
+from rwkv_accel.checkpoint.weights import RUN_FILE, latest_weights
 from rwkv_accel.errors import UserError
-from rwkv_accel.generation.loading import RUN_FILE
 from rwkv_accel.model.checkpoint_file import Checkpoint
 from rwkv_accel.model.io import checkpoint_digest, read_checkpoint
 from rwkv_accel.peft.adapter_file import META_FILE, AdapterMeta, read_adapter

@@ -77,6 +77,7 @@ def test_round_trip(tmp_path):
         (["peft.svd_niter=4"], "peft.svd_niter applies to"),
         (["trainer.global_batch_size=8", "trainer.accumulate_grad_batches=2"], "not both"),
         (["data.prompt_column=q"], "go together"),
+        (["samples.temperature=0"], "samples.temperature: must be above 0, got 0; null takes the likeliest"),
         (["optim.schedule=constant", "optim.lr_final=0"], "constant never reaches"),
         (["optim.schedule=exponential", "optim.lr_final=0"], "exponential needs"),
         (["optim.weight_decay_final=0.1"], "exponentially"),

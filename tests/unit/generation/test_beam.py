@@ -91,14 +91,14 @@ def test_stop_strings_end_replies(letters):
 
 @pytest.mark.parametrize("prompt", ["a", "abcd", "ddcab"])
 def test_one_beam_is_greedy(letters, prompt):
-    greedy = letters.generate([prompt], max_new_tokens=12, temperature=0)[0]
+    greedy = letters.generate([prompt], max_new_tokens=12, temperature=None)[0]
     found = beam_search(letters, prompt, BeamParams(num_beams=1, max_new_tokens=12))
     assert [(h.ids, h.text, h.stop_reason) for h in found] == [(greedy.ids, greedy.text, greedy.stop_reason)]
 
 
 def test_one_beam_is_greedy_in_bytes(generator):
     for prompt in ("Once", "The"):
-        greedy = generator.generate([prompt], max_new_tokens=30, temperature=0)[0]
+        greedy = generator.generate([prompt], max_new_tokens=30, temperature=None)[0]
         assert beam_search(generator, prompt, BeamParams(num_beams=1, max_new_tokens=30))[0].ids == greedy.ids
 
 

@@ -27,7 +27,7 @@ def argmax_loop(model, ids: list[int], count: int, banned=()) -> list[int]:
 
 @torch.no_grad()
 def test_greedy_equals_argmax_over_full_forwards(generator, byte_model, byte_tokenizer):
-    done = generator.generate(RAGGED, max_new_tokens=12, temperature=0)
+    done = generator.generate(RAGGED, max_new_tokens=12, temperature=None)
     for prompt, completion in zip(RAGGED, done):
         assert list(completion.ids) == argmax_loop(byte_model, byte_tokenizer.encode(prompt), 12)
         assert completion.num_prompt_tokens == len(prompt.encode())
@@ -45,7 +45,7 @@ def test_batch_equals_singles(byte_model, byte_tokenizer, batch_size):
 
 def test_rows_leave_at_different_times_and_mixed_settings_do_not_mix(generator):
     kinds = [
-        SamplingParams(max_new_tokens=3, temperature=0),
+        SamplingParams(max_new_tokens=3, temperature=None),
         SamplingParams(max_new_tokens=17, temperature=0.7, top_k=5, seed=3),
         SamplingParams(max_new_tokens=9, temperature=1.3, top_p=0.8, order="hf", seed=3),
         SamplingParams(max_new_tokens=1, temperature=1.0, min_p=0.1, seed=4),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from rwkv_accel.config.load import dump_config
 from rwkv_accel.config.schema import ModelConfig, PeftConfig, RunConfig
 from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.generate import main
+from rwkv_accel.generation import footprint
 from rwkv_accel.generation.command import format_prompt
 from rwkv_accel.generation.engine import TextGenerator
 from rwkv_accel.generation.params import STOP_SETS
@@ -21,7 +23,7 @@ from rwkv_accel.model.io import checkpoint_digest, save_checkpoint
 from rwkv_accel.peft.adapter_file import AdapterMeta, peft_section, save_adapter
 from rwkv_accel.peft.apply import adapter_parameters, load_model_and_apply_peft
 
-QUICK = ["--max-new-tokens", "12", "--temperature", "0"]
+QUICK = ["--max-new-tokens", "12", "--greedy"]
 
 
 def run_config(out_dir, base, **peft) -> RunConfig:
@@ -66,7 +68,7 @@ def call(capsys, *argv) -> tuple[int, str, str]:
 
 
 def greedy(model, prompt) -> str:
-    done = TextGenerator(model, build_tokenizer("byte")).generate([prompt], max_new_tokens=12, temperature=0)
+    done = TextGenerator(model, build_tokenizer("byte")).generate([prompt], max_new_tokens=12, temperature=None)
     return done[0].text
 
 
@@ -165,6 +167,8 @@ def test_chat_from_the_command_line(files, capsys, monkeypatch):
         (["base.pth", "a", "--chat"], "give one of: prompts, --chat, or --input"),
         (["base.pth", " "], "the prompt is empty"),
         (["base.pth", "a", "--temperature", "-0.5"], "temperature -0.5 is out of range"),
+        (["base.pth", "a", "--temperature", "0"], "temperature 0.0 is out of range; it must be above 0 (for the"),
+        (["base.pth", "", "--raw"], "the prompt is empty"),
         (["base.pth", "a", "--top-p", "0"], "top_p 0.0 is out of range"),
         (["base.pth", "a", "--top-p", "1.5"], "top_p 1.5 is out of range"),
         (["base.pth", "a", "--stop", "chatt"], "unknown stop 'chatt'; use one of none, chat, paragraph, line"),
@@ -191,6 +195,45 @@ def test_mistakes_are_one_line_and_exit_code_2(files, capsys, monkeypatch, argv,
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("beams", [[], ["--num-beams", "3"]])
+def test_a_prompt_that_does_not_fit_into_memory_is_foreseen(files, capsys, monkeypatch, beams):
+    prompt, argv = "word " * 4000, [files[0] / "base.pth", "--raw", "--max-new-tokens", "1", *beams]
+    monkeypatch.setattr("rwkv_accel.generation.footprint.free_bytes", lambda device: 9 << 20)
+    assert call(capsys, *argv, "word")[0] == 0
+    code, out, err = call(capsys, *argv, prompt)
+    assert (code, out) == (2, "")
+    assert "prompts of about 20,000 tokens need" in err
+    assert "0.01 GiB are free; shorten the prompt" in err
+    assert err.count("\n") == 1
+
+
+def test_free_memory_respects_a_containers_limit(monkeypatch, tmp_path):
+    monkeypatch.setattr(footprint, "CGROUP", tmp_path)
+    whole = footprint.free_bytes(torch.device("cpu"))
+    assert whole > 1 << 20
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert footprint.free_bytes(torch.device("cpu")) > 1 << 20
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert footprint.free_bytes(torch.device("cpu")) == 4000
+
+
+def test_best_of_a_run_finds_its_recipe_and_start_weights(files, capsys, tmp_path):
+    """best/ lies one level below the run, and a run that made its own weights keeps them in its folder."""
+    root, _ = files
+    best = tmp_path / "moved" / "best"
+    shutil.copytree(root / "run" / "adapter" / "epoch-0001", best)
+    meta = json.loads((best / "adapter.json").read_text())
+    (best / "adapter.json").write_text(json.dumps({**meta, "base_path": "/gone/base.pth", "tokenizer": None}))
+    recipe = run_config(tmp_path / "moved", root / "base.pth").model_dump(mode="json")
+    recipe["model"] = {"init": {"n_layer": 2, "n_embd": 32, "head_size": 16}}
+    (tmp_path / "moved" / "run.yaml").write_text(json.dumps(recipe))
+    shutil.copy(root / "base.pth", tmp_path / "moved" / "rwkv-init.pth")
+    want = call(capsys, root / "run", "Hi", "--raw", *QUICK)
+    assert want[0] == 0
+    assert call(capsys, best, "Hi", "--raw", *QUICK) == want
 
 
 def test_an_adapter_without_its_base_says_so(files, capsys, tmp_path):

@@ -27,7 +27,7 @@ def read(path):
 
 RECORDS = [
     {"prompt": "one", "id": 7},
-    {"prompt": "two", "temperature": 0, "max_new_tokens": 3},
+    {"prompt": "two", "temperature": None, "max_new_tokens": 3},
     {"prompt": "three", "raw": True, "seed": 99},
     {"prompt": "four", "stop_set": "line", "stop_ids": [0, 5]},
     {"prompt": "five", "ban_ids": [0]},
@@ -41,7 +41,7 @@ def expected(generator):
 
     return [
         one("<one>", seed=5),
-        one("<two>", temperature=0, max_new_tokens=3),
+        one("<two>", temperature=None, max_new_tokens=3),
         one("three", seed=99),
         one("<four>", seed=8, stop=("\n",), stop_ids=(0, 5)),
         one("<five>", seed=9, ban_ids=(0,)),

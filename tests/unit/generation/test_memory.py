@@ -30,7 +30,7 @@ def assert_memory_is(generator, memory: Memory, text_bytes: list[int]):
 
 
 def test_memory_after_a_length_stop_has_everything(generator):
-    reply = complete(generator, "Once", max_new_tokens=9, temperature=0, stop_ids=())
+    reply = complete(generator, "Once", max_new_tokens=9, temperature=None, stop_ids=())
     assert len(reply.memory.pending_ids) == 1
     assert_memory_is(generator, reply.memory, generator.tokenizer.encode("Once") + list(reply.ids))
 
@@ -82,12 +82,12 @@ def test_memory_keeps_what_a_token_holds_before_the_stop_string(make_model):
 
 
 def test_continuing_equals_one_long_generation(generator):
-    whole = complete(generator, "Once", max_new_tokens=20, temperature=0, stop_ids=())
-    first = complete(generator, "Once", max_new_tokens=8, temperature=0, stop_ids=())
+    whole = complete(generator, "Once", max_new_tokens=20, temperature=None, stop_ids=())
+    first = complete(generator, "Once", max_new_tokens=8, temperature=None, stop_ids=())
     # The next turn's text is part of the conversation: force it to be what greedy decoding said.
     said = generator.tokenizer.decode_bytes(whole.ids[8:10]).decode("latin-1")
     assert said.isascii()
-    second = complete(generator, said, first.memory, max_new_tokens=10, temperature=0, stop_ids=())
+    second = complete(generator, said, first.memory, max_new_tokens=10, temperature=None, stop_ids=())
     assert whole.ids == first.ids + whole.ids[8:10] + second.ids
 
 
@@ -130,17 +130,17 @@ def chat_of(generator, **params):
 
 
 def test_chat_turns_read_like_the_template(generator):
-    chat = chat_of(generator, temperature=0, stop_ids=())
+    chat = chat_of(generator, temperature=None, stop_ids=())
     one = chat.say("Hi", lambda text: None)
     chat.say("And\n\n\nthen?", lambda text: None)
     text = f"User: Hi\n\nAssistant:{one.text}\n\nUser: And\nthen?\n\nAssistant:"
-    fresh = complete(generator, text, max_new_tokens=6, temperature=0, stop_ids=(), ban_ids=tuple(range(129, 257)))
+    fresh = complete(generator, text, max_new_tokens=6, temperature=None, stop_ids=(), ban_ids=tuple(range(129, 257)))
     again = chat.retry(lambda text: None)
     assert again.text == fresh.text
 
 
 def test_chat_commands(generator, tmp_path):
-    chat = chat_of(generator, temperature=0)
+    chat = chat_of(generator, temperature=None)
     lines = iter(["/save", "/save f", "Hi", "/retry", "/save f", "/what", "/reset", "Hi", "/exit", "never read"])
     saved, out = [], io.StringIO()
     chat_loop(chat, lambda: next(lines), out, lambda memory, name: saved.append(name))

@@ -97,6 +97,7 @@ def test_stop_sets_by_name():
     ("field", "value"),
     [
         ("temperature", -0.1),
+        ("temperature", 0.0),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("top_p", 0.0),

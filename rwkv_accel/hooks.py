@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rwkv_accel.checkpoint import save_checkpoint
+from rwkv_accel.checkpoint import CheckpointWriter, SaveCadence, save_checkpoint
 from rwkv_accel.checkpoint.weights import BEST_DIR, WEIGHTS_DIR, save_weights
 from rwkv_accel.config.schema import OptimConfig, RunConfig
 from rwkv_accel.data.loader import TrainLoader
@@ -62,6 +62,8 @@ class Run:
     optimizer: Optimizer
     log: RunLog
     stop: StopRequest
+    writer: CheckpointWriter
+    cadence: SaveCadence
     total_steps: int
     base_path: str
     base_digest: str
@@ -178,6 +180,7 @@ def on_epoch_end(state: TrainState, run: Run) -> None:
 def on_interrupt(state: TrainState, run: Run) -> NoReturn:
     """Collective. Save everything under the name INTERRUPTED, tell the launcher, and leave."""
     on_checkpoint(state, run, INTERRUPTED)
+    run.writer.finish(run.accelerator)
     marker = requeue_file()
     if run.accelerator.is_main_process and marker is not None:
         marker.write_text(f"{state.step}\n", encoding="utf-8")
@@ -197,15 +200,17 @@ def on_checkpoint(state: TrainState, run: Run, name: str | None = None) -> None:
             run.model,
             run.optimizer,
             state.state_dict(),
-            out_dir=run.config.out_dir,
+            writer=run.writer,
             name=name or f"step-{state.step:08d}",
             config=run.identity,
             base_digest=run.base_digest,
-            keep_last=run.config.checkpoint.keep_last,
             extra={"log": run.log.state(), "saved_step": run.saved_step, "unlogged": run.unlogged},
             extra_tensors=adapter_buffers(model),
         )
+    for failure in run.writer.take_failures():
+        run.log.message(f"{failure}; the training goes on")
     run.checkpoint_step = state.step
+    run.cadence.restart()
 
 
 def on_train_end(state: TrainState, run: Run) -> None:
@@ -215,6 +220,7 @@ def on_train_end(state: TrainState, run: Run) -> None:
         save_latest(state, run, f"step-{state.step:08d}")
     if run.checkpoint_step != state.step:
         on_checkpoint(state, run)
+    run.writer.finish(run.accelerator)
     run.stop.release()
     on_samples(state, run)
     run.log.close()

@@ -22,6 +22,8 @@ from rwkv_accel.runtime import EXIT_STOPPED, stop_file
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from rwkv_accel.checkpoint.cadence import SaveCadence
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A terminal and a launcher both pass a Ctrl-C on: two signals within this time are one.
 SAME_SIGNAL_SECONDS = 1.0
@@ -35,6 +37,8 @@ class StopRequest:
         self._received_at = 0.0
         self._deferred = False
         self._group: Any = None
+        self.cadence: SaveCadence | None = None
+        """What else is agreed on in the same exchange: that it is time for a checkpoint."""
 
     def install(self) -> StopRequest:
         """Take over SIGINT, SIGTERM and SIGUSR1; they end the process until `defer` is called."""
@@ -58,11 +62,13 @@ class StopRequest:
         path = stop_file()
         if self.reason is None and path is not None and accelerator.is_main_process and path.exists():
             self.reason = f"stop file {path}"
-        if self._group is None:
-            return self.reason is not None
-        flag = torch.tensor(int(self.reason is not None))
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+        save = self.cadence is not None and accelerator.is_main_process and self.cadence.wanted()
+        wishes = torch.tensor([self.reason is not None, save], dtype=torch.int32)
+        if self._group is not None:
+            torch.distributed.all_reduce(wishes, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        if self.cadence is not None and wishes[1]:
+            self.cadence.agreed = True
+        return bool(wishes[0])
 
     def _on_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()

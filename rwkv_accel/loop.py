@@ -35,7 +35,7 @@ def train(config: RunConfig) -> TrainState:
     """One run, from the recipe to the saved weights. Collective; returns where the run ended."""
     run, loader, state = set_up(config)
     trainer, eval_every = config.trainer, config.eval.every_n_steps
-    sample_every, checkpoint_every = config.samples.every_n_steps, config.checkpoint.every_n_steps
+    sample_every = config.samples.every_n_steps
     if config.eval.at_start and state.step == 0:
         on_evaluate(state, run)
 
@@ -52,7 +52,7 @@ def train(config: RunConfig) -> TrainState:
                 on_evaluate(state, run)
             if sample_every and state.step % sample_every == 0:
                 on_samples(state, run)
-            if checkpoint_every and state.step % checkpoint_every == 0:
+            if run.cadence.due(state.step):
                 on_checkpoint(state, run)
             if state.step == run.total_steps or state.control.wants_stop(config.eval):
                 break

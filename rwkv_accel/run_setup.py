@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rwkv_accel import __version__
-from rwkv_accel.checkpoint import check_same_run, find_resume_on_all, load_checkpoint, read_state
+from rwkv_accel.checkpoint import (
+    CheckpointWriter,
+    SaveCadence,
+    check_same_run,
+    find_resume_on_all,
+    load_checkpoint,
+    read_state,
+)
 from rwkv_accel.checkpoint.collective import on_main, once_per_node
 from rwkv_accel.checkpoint.portable import read_extra_tensors
 from rwkv_accel.checkpoint.weights import INIT_FILE, RUN_FILE, base_checkpoint
@@ -94,6 +101,8 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         optimizer,
         log,
         stop,
+        CheckpointWriter(config.out_dir, config.checkpoint),
+        SaveCadence(config.checkpoint),
         total_steps,
         base_path=str(base.path),
         base_digest=digest,
@@ -106,6 +115,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         run.checkpoint_step = state.step
         run.saved_step, run.unlogged = saved["extra"]["saved_step"], saved["extra"]["unlogged"]
         log.message(f"continuing from {resume_from}: step {state.step} of {total_steps}")
+    stop.cadence = run.cadence
     stop.defer(accelerator)
     return run, loader, state
 

@@ -4,16 +4,22 @@ format.py      the folder on disk: written whole or not at all, checked before i
 strategy.py    trained parameters and moments by name, out of and into a prepared model
 layouts.py     where they lie under one process, DDP and FSDP2; zero.py: under DeepSpeed's ZeRO
 resume.py      which checkpoint a new start takes, and whether the recipe fits it
+cadence.py     when one is due
+writer.py      the thread that writes them
 retention.py   which ones stay
 weights.py     the save that people carry away (adapter or model)
 """
 
+from rwkv_accel.checkpoint.cadence import SaveCadence
 from rwkv_accel.checkpoint.format import CheckpointWriteError
 from rwkv_accel.checkpoint.portable import load_checkpoint, save_checkpoint
 from rwkv_accel.checkpoint.resume import check_same_run, find_resume, find_resume_on_all, read_state
+from rwkv_accel.checkpoint.writer import CheckpointWriter
 
 __all__ = [
     "CheckpointWriteError",
+    "CheckpointWriter",
+    "SaveCadence",
     "check_same_run",
     "find_resume",
     "find_resume_on_all",

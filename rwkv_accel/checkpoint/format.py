@@ -32,6 +32,7 @@ from rwkv_accel.errors import UserError
 FORMAT = "rwkv_accel-checkpoint"
 VERSION = 1
 CHECKPOINTS_DIR = "checkpoints"
+STEP_PREFIX = "step-"
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 RNG_FILE = "rng.json"
@@ -64,14 +65,14 @@ class Manifest:
 
 
 def write_folder(
-    final: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
+    final: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, str]
 ) -> None:
     """Write a checkpoint folder; a kill at any moment leaves no folder of this name or a complete one.
 
     Args:
         final: folder to create; an existing one is replaced, and kept until the new one is complete.
         tensors: CPU tensors of each .safetensors file.
-        documents: content of each .json file.
+        documents: text of each .json file.
 
     Raises:
         CheckpointWriteError: the disk refused; the half-written folder is removed again.
@@ -84,7 +85,7 @@ def write_folder(
         for name, content in tensors.items():
             save_file({key: value.contiguous() for key, value in content.items()}, tmp / name)
         for name, document in documents.items():
-            (tmp / name).write_text(json.dumps(document), encoding="utf-8")
+            (tmp / name).write_text(document, encoding="utf-8")
         names = [*tensors, *documents]
         for name in names:
             _fsync(tmp / name)

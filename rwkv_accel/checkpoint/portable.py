@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rwkv_accel.checkpoint.collective import all_ranks, on_main
+from rwkv_accel.checkpoint.collective import all_ranks
 from rwkv_accel.checkpoint.format import (
-    CHECKPOINTS_DIR,
     EXTRA_FILE,
     OPTIMIZER_FILE,
     RNG_FILE,
@@ -21,12 +21,11 @@ from rwkv_accel.checkpoint.format import (
     TensorFile,
     read_document,
     validate,
-    write_folder,
 )
 from rwkv_accel.checkpoint.resume import read_state
-from rwkv_accel.checkpoint.retention import prune, remove_leftovers
 from rwkv_accel.checkpoint.rng import rng_state, set_rng_state
 from rwkv_accel.checkpoint.strategy import gather_trained, scatter_trained
+from rwkv_accel.checkpoint.writer import CheckpointWriter, Snapshot
 from rwkv_accel.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,16 +38,16 @@ def save_checkpoint(
     optimizer: Any,
     state: dict[str, Any],
     *,
-    out_dir: str | Path,
+    writer: CheckpointWriter,
     name: str,
     config: dict[str, Any],
     base_digest: str | None,
-    keep_last: int,
     extra: dict[str, Any] | None = None,
     extra_tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write out_dir/checkpoints/<name>, then remove what retention does not keep. Collective.
+    """Have checkpoints/<name> written, and what retention does not keep removed. Collective.
 
+    Returns once later steps cannot change what is written; `writer` says whether it is on disk by then, and why not.
     Call at a border of optimizer updates: gradients of a half-done window are not saved.
 
     Args:
@@ -56,26 +55,17 @@ def save_checkpoint(
         state: TrainState.state_dict(); JSON-ready, with a `step`.
         config: dump of the run's config; JSON-ready.
         base_digest: of the frozen base, which is not saved.
-        keep_last: number of complete checkpoints that stay, this one included.
         extra: anything JSON-ready, such as log offsets.
         extra_tensors: tensors that are not trained but must travel; those of the main process count.
 
     Returns:
         The folder, on every rank.
-
-    Raises:
-        CheckpointWriteError: on every rank; training may go on, older checkpoints are untouched.
     """
+    writer.wait()
     trained = gather_trained(accelerator, model, optimizer)
     rng = all_ranks(accelerator, rng_state(accelerator.device))
-    checkpoints = Path(out_dir) / CHECKPOINTS_DIR
-
-    def write() -> None:
-        remove_leftovers(checkpoints)
-        tensors: dict[str, Mapping[str, Tensor]] = {
-            TRAINABLE_FILE: trained.params,
-            OPTIMIZER_FILE: trained.moments,
-        }
+    if accelerator.is_main_process:
+        tensors = {TRAINABLE_FILE: trained.params, OPTIMIZER_FILE: trained.moments}
         if extra_tensors:
             tensors[EXTRA_FILE] = {key: value.detach().cpu().clone() for key, value in extra_tensors.items()}
         document = {
@@ -86,16 +76,10 @@ def save_checkpoint(
             "world_size": accelerator.num_processes,
             "optimizer": {"kind": trained.optimizer, "steps": _names_by_step(trained.steps)},
         }
-        write_folder(
-            checkpoints / name,
-            step=state["step"],
-            tensors=tensors,
-            documents={STATE_FILE: document, RNG_FILE: rng},
-        )
-        prune(checkpoints, keep_last)
-
-    on_main(accelerator, write)
-    return checkpoints / name
+        # As text: the run goes on changing the lists in it.
+        documents = {STATE_FILE: json.dumps(document), RNG_FILE: json.dumps(rng)}
+        writer.write(Snapshot(state["step"], tensors, documents), name)
+    return writer.checkpoints / name
 
 
 def load_checkpoint(accelerator: Accelerator, model: Any, optimizer: Any, path: str | Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rwkv_accel.checkpoint.collective import on_main
+from rwkv_accel.checkpoint.retention import prune_weights
 from rwkv_accel.checkpoint.strategy import layout_of, trained_parameters
 from rwkv_accel.config.schema import RunConfig
 from rwkv_accel.errors import UserError
@@ -80,6 +81,7 @@ def save_weights(
                 part = pointer.with_name(LATEST_FILE + ".tmp")
                 part.write_text(folder.name + "\n", encoding="utf-8")
                 os.replace(part, pointer)
+                prune_weights(folder.parent, config.checkpoint.keep_weights, folder.name)
         except OSError as error:
             raise UserError(f"cannot save {folder}: {error.strerror}; free space or change the permissions") from None
 

@@ -3,7 +3,7 @@
 main(job) runs on every process. The job is {out_dir, optimizer, commands}; the commands are done in order:
     ["dropout", p]
     ["train", step]     go on until that many updates are done; the same global batch on 1, 2 and 3 processes
-    ["save", name]      save_checkpoint into the job's out_dir
+    ["save", name]      save_checkpoint into the job's out_dir; what follows goes on while it is written
     ["load", name]      load_checkpoint from there
     ["dump", name]      write trained values, moments, steps and the losses since the last load to <name>.pt
     ["refuse", name]    load_checkpoint must raise a UserError; its text goes to <name>-<rank>.txt
@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rwkv_accel.checkpoint import load_checkpoint, save_checkpoint
+from rwkv_accel.checkpoint import CheckpointWriter, SaveCadence, load_checkpoint, save_checkpoint
 from rwkv_accel.checkpoint.strategy import gather_trained
-from rwkv_accel.config.schema import TrainerConfig
+from rwkv_accel.config.schema import CheckpointConfig, TrainerConfig
 from rwkv_accel.errors import UserError
+from rwkv_accel.interrupt import StopRequest
 from rwkv_accel.runtime import build_accelerator, set_environment_defaults
 
 VOCAB, WIDTH, RANK, ROWS, MICRO_BATCHES, LENGTH = 50, 48, 5, 12, 2, 9
@@ -97,6 +98,7 @@ class Worker:
         self.micro = trainer.micro_batch_size
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         torch.manual_seed(100 + self.accelerator.process_index)
+        self.writer = CheckpointWriter(self.out_dir, CheckpointConfig(keep_last=100))
         self.step, self.losses = 0, []
 
     def train(self, until):
@@ -131,16 +133,16 @@ class Worker:
             self.model,
             self.optimizer,
             {"step": self.step},
-            out_dir=self.out_dir,
+            writer=self.writer,
             name=name,
             config={"run": "tiny"},
             base_digest="sha256:base",
-            keep_last=100,
             extra={"written_by": name},
             extra_tensors={"residual": torch.arange(5.0)},
         )
 
     def load(self, name):
+        self.writer.finish(self.accelerator)
         saved = load_checkpoint(self.accelerator, self.model, self.optimizer, self.out_dir / "checkpoints" / name)
         assert saved["extra"] == {"written_by": name}
         assert saved["config"] == {"run": "tiny"}
@@ -172,6 +174,25 @@ class Worker:
         self.dropout[0] = p
 
 
+def agree_on_minutes(job):
+    """Each rank writes what `due` says while its own clock and the main process's run differently."""
+    set_environment_defaults()
+    accelerator = build_accelerator(TrainerConfig(), 1)
+    minutes = 0
+    stop = StopRequest()
+    stop.cadence = SaveCadence(CheckpointConfig(every_n_minutes=10), lambda: 60 * minutes)
+    stop.defer(accelerator)
+    seen = []
+    for main_minutes, other_minutes in ((0, 99), (9, 99), (10, 0), (10, 0)):
+        minutes = main_minutes if accelerator.is_main_process else other_minutes
+        assert not stop.agreed(accelerator)
+        seen.append(stop.cadence.due(1))
+        if seen[-1]:
+            stop.cadence.restart()
+    (Path(job["out_dir"]) / f"due-{accelerator.process_index}.txt").write_text(str(seen))
+    return accelerator
+
+
 def main(job):
     worker = Worker(job)
     commands = {
@@ -184,5 +205,6 @@ def main(job):
     }
     for command, argument in job["commands"]:
         commands[command](argument)
+    worker.writer.finish(worker.accelerator)
     worker.accelerator.wait_for_everyone()
     return worker

@@ -141,6 +141,13 @@ def test_every_process_refuses_a_damaged_checkpoint_together(saved):
         assert "optimizer.safetensors do not fit its checksum" in text, "the rank that did not read all bytes too"
 
 
+def test_the_main_process_decides_when_minutes_are_over(tmp_path):
+    worker, job = checkpoint_worker.agree_on_minutes, {"out_dir": str(tmp_path)}
+    forked_launch(worker, "ddp", 2, job, log=tmp_path / "log.txt")
+    for rank in (0, 1):
+        assert (tmp_path / f"due-{rank}.txt").read_text() == "[False, False, True, False]"
+
+
 MATRIX = [(name, processes) for name in ("zero1", "zero2", "zero3", "ddp") for processes in (1, 2, 3)]
 MATRIX[MATRIX.index(("ddp", 1))] = ("cpu", 1)
 COMPILE_SECONDS = 600  # offload compiles DeepSpeed's CPU Adam once

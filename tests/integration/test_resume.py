@@ -13,6 +13,7 @@ import torch
 from tests.helpers import ROOT, environment, ragged_jsonl, tiny_checkpoint, train_cli, write_recipe
 
 STEPS = 12
+HELD_WRITER = ROOT / "tests" / "integration" / "held_writer.py"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def recipe(work, name, **changes):
         "optim": {"lr_init": 1e-2, "lr_final": 1e-3, "warmup_steps": 2, "weight_decay": 0.1},
         # 20 rows in windows of 6: an epoch ends with a short window.
         "trainer": {"max_epochs": 3, "micro_batch_size": 2, "global_batch_size": 6},
-        "checkpoint": {"every_n_steps": 3, "epoch_save": 1},
+        "checkpoint": {"every_n_steps": 3, "epoch_save": 1, "keep_weights": 2},
         "tracking": {"progress": "none"},
     }  # fmt: skip
     tree.update(changes)
@@ -97,6 +98,34 @@ def test_killed_run_continues_bit_for_bit(work, undisturbed, step):
     assert again.returncode == 0, again.stderr
     assert "continuing from" in again.stdout + again.stderr
     assert_same_end(work / name, undisturbed)
+
+
+@pytest.mark.parametrize("place", ["the tensors", "the final name", "the retention"])
+def test_killed_while_a_checkpoint_is_written_behind_the_training(work, undisturbed, place):
+    name = "held-" + place.replace(" ", "-")
+    path, sign = recipe(work, name), work / f"{name}.sign"
+    process = subprocess.Popen(
+        [sys.executable, str(HELD_WRITER), "6", place, str(sign), str(path)], cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not sign.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    out = process.communicate()[0]
+    assert sign.exists(), out[-3000:]
+    assert process.returncode == -signal.SIGKILL
+    again = train_cli(path)
+    assert again.returncode == 0, again.stderr
+    resumed = {"the tensors": 4, "the final name": 4, "the retention": 6}[place]  # step 4 ends an epoch
+    assert f"continuing from {work / name}/checkpoints/step-{resumed:08d}: step {resumed} of 12" in again.stderr
+    assert "damaged" not in again.stdout + again.stderr
+    assert_same_end(work / name, undisturbed)
+    assert sorted(p.name for p in (work / name / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
+
+
+def test_old_saves_of_the_adapter_are_removed(undisturbed):
+    assert sorted(p.name for p in (undisturbed / "adapter").iterdir()) == ["LATEST", "epoch-0002", "epoch-0003"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)

@@ -1,5 +1,6 @@
 """What the checkpoint tests share: a tiny partly frozen model, and folders written without any model."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ def write_simple(folder: Path, step: int, value: float = 1.0) -> Path:
         folder,
         step=step,
         tensors={TRAINABLE_FILE: {"w": torch.full((4, 3), value)}},
-        documents={STATE_FILE: {"state": {"step": step}}},
+        documents={STATE_FILE: json.dumps({"state": {"step": step}})},
     )
     return folder
 

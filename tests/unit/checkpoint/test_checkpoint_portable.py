@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rwkv_accel.checkpoint import load_checkpoint, save_checkpoint
+from rwkv_accel.checkpoint import CheckpointWriter, load_checkpoint, save_checkpoint
 from rwkv_accel.checkpoint.format import OPTIMIZER_FILE, TRAINABLE_FILE
+from rwkv_accel.config.checkpoint import CheckpointConfig
 from rwkv_accel.errors import UserError
 from tests.unit.checkpoint.checkpoint_helpers import train
 
@@ -17,18 +18,20 @@ TRAINED = {"lora_A", "lora_B", "unused"}
 
 
 def save(accelerator, model, optimizer, out_dir, step=0, name="step-1", **kwargs):
-    return save_checkpoint(
+    writer = CheckpointWriter(out_dir, CheckpointConfig(keep_last=2))
+    path = save_checkpoint(
         accelerator,
         model,
         optimizer,
         {"step": step, "epoch": 1},
-        out_dir=out_dir,
+        writer=writer,
         name=name,
         config={"seed": 3},
         base_digest="sha256:abc",
-        keep_last=2,
         **kwargs,
     )
+    writer.finish(accelerator)
+    return path
 
 
 def values(model, optimizer):

@@ -7,7 +7,7 @@ import pytest
 
 from rwkv_accel.checkpoint import retention
 from rwkv_accel.checkpoint.format import TRAINABLE_FILE, list_complete, validate
-from rwkv_accel.checkpoint.retention import prune, remove_leftovers
+from rwkv_accel.checkpoint.retention import prune, prune_weights, remove_leftovers
 from tests.unit.checkpoint.checkpoint_helpers import write_simple
 
 
@@ -21,6 +21,25 @@ def test_the_newest_stay(tmp_path):
     removed = prune(tmp_path, keep_last=2)
     assert [p.name for p in removed] == ["step-1", "step-2"]
     assert names(tmp_path) == ["step-3", "step-4"]
+
+
+def test_multiples_are_kept_for_good(tmp_path):
+    for step in range(1, 9):
+        write_simple(tmp_path / f"step-{step}", step)
+    prune(tmp_path, keep_last=2, keep_every_n_steps=3)
+    assert names(tmp_path) == ["step-3", "step-6", "step-7", "step-8"]
+
+
+def test_saved_weights_stay_by_age_and_the_newest_always(tmp_path):
+    for age, name in enumerate(("step-5", "epoch-1", "epoch-3", "epoch-2")):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, ns=(0, -age))
+    (tmp_path / "LATEST").write_text("epoch-2\n")
+    assert prune_weights(tmp_path, None, "epoch-2") == []
+    assert [p.name for p in prune_weights(tmp_path, 2, "epoch-2")] == ["epoch-1", "epoch-3"]
+    assert names(tmp_path) == ["LATEST", "epoch-2", "step-5"]
+    prune_weights(tmp_path, 1, "epoch-2")
+    assert names(tmp_path) == ["LATEST", "epoch-2"]
 
 
 def test_damaged_ones_do_not_count_as_kept(tmp_path):

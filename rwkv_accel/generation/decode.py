@@ -16,7 +16,7 @@ from torch import Tensor
 from rwkv_accel.model.precision import wide_dtype
 from rwkv_accel.model.rwkv7 import RWKV7, Block
 from rwkv_accel.model.state import RWKV7State
-from rwkv_accel.model.time_mix import DECAY_SCALE
+from rwkv_accel.ops.elementwise import DECAY_SCALE
 
 
 @dataclass(slots=True)

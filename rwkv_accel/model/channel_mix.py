@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_accel.model.config import RWKV7Config
-from rwkv_accel.model.layers import Documents, Linear, token_shift
+from rwkv_accel.model.layers import Documents, Linear
+from rwkv_accel.ops.elementwise import relu_squared, shift_lerp
 
 
 class ChannelMix(nn.Module):
@@ -23,6 +24,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, h_BTC: Tensor, shift_BC: Tensor | None, documents: Documents | None) -> Tensor:
         """h [B,T,C] after ln2 -> [B,T,C]; shift_BC is the h before the first token (None: zeros)."""
-        delta_BTC = token_shift(h_BTC, shift_BC, documents) - h_BTC
-        mixed_BTC = torch.addcmul(h_BTC, delta_BTC, self.x_k.to(h_BTC.dtype))
-        return self.value(torch.relu(self.key(mixed_BTC)).square())
+        first_S, starts_T = (None, None) if documents is None else (documents.first_S, documents.starts_T)
+        lerp_1C = self.x_k.view(1, -1).to(h_BTC.dtype)
+        (mixed_BTC,) = shift_lerp(h_BTC, lerp_1C, shift=shift_BC, first_S=first_S, starts_T=starts_T)
+        return self.value(relu_squared(self.key(mixed_BTC)))

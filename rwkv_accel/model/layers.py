@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_accel.model.precision import wide_dtype
+from rwkv_accel.ops.elementwise import head_gate, start_table
 
 
 class Linear(nn.Linear):
@@ -45,17 +45,17 @@ class LayerNorm(nn.LayerNorm):
 
 
 class HeadNorm(nn.GroupNorm):
-    """GroupNorm with one group per head; eps is 1e-5 * N (64e-5 for the released N = 64)."""
+    """GroupNorm with one group per head (eps is 1e-5 * N: 64e-5 for the released N = 64), then bonus and gate."""
 
     def __init__(self, n_head: int, head_size: int):
         super().__init__(n_head, n_head * head_size, eps=1e-5 * head_size)
 
-    def forward(self, y_BTHN: Tensor) -> Tensor:
-        """y [B,T,H,N] -> wide [B,T,H,N]."""
-        wide = wide_dtype(y_BTHN.dtype)
-        heads = y_BTHN.shape[2:]
-        normed = F.layer_norm(y_BTHN.to(wide), heads[1:], eps=self.eps)
-        return torch.addcmul(self.bias.to(wide).view(heads), normed, self.weight.to(wide).view(heads))
+    def forward(self, y_BTC: Tensor, r_BTC: Tensor, k_BTC: Tensor, v_BTC: Tensor, gate_BTC: Tensor, r_k: Tensor):
+        """(norm(y) + (sum_n r k r_k) v) * gate -> [B,T,C] in y's dtype; see `ops.elementwise.head_gate`."""
+        head_size = self.num_channels // self.num_groups
+        return head_gate(
+            y_BTC, r_BTC, k_BTC, v_BTC, gate_BTC, self.weight, self.bias, r_k, head_size=head_size, eps=self.eps
+        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Documents:
     """Position of each document's first token, on the device of the batch."""
     last_S: Tensor
     """Position of each document's last token, on the device of the batch."""
+    starts_T: Tensor
+    """int32: the number of the document that starts at a token, -1 elsewhere; on the device of the batch."""
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, ids_BT: Tensor) -> Documents:
@@ -84,22 +86,7 @@ class Documents:
         if borders[0] != 0 or borders[-1] != num_tokens or bool((borders.diff() <= 0).any()):
             raise ValueError(f"cu_seqlens must rise strictly from 0 to {num_tokens}, got {borders.tolist()}")
         on_device = borders.to(ids_BT.device, non_blocking=True)
-        return cls(borders, on_device[:-1], on_device[1:] - 1)
-
-
-def token_shift(h_BTC: Tensor, shift_BC: Tensor | None, documents: Documents | None) -> Tensor:
-    """h_{t-1} for every t; the first token of a sequence gets its row of `shift_BC` (None: zeros).
-
-    h [B,T,C], shift [B,C] or, with documents, [S,C] -> [B,T,C].
-    """
-    if documents is None and shift_BC is not None:
-        return torch.cat([shift_BC.to(h_BTC.dtype).unsqueeze(1), h_BTC[:, :-1]], dim=1)
-    prev_BTC = F.pad(h_BTC[:, :-1], (0, 0, 1, 0))
-    if documents is None:
-        return prev_BTC
-    if shift_BC is None:
-        return prev_BTC.index_fill_(1, documents.first_S, 0.0)
-    return prev_BTC.index_copy_(1, documents.first_S, shift_BC.to(h_BTC.dtype).unsqueeze(0))
+        return cls(borders, on_device[:-1], on_device[1:] - 1, start_table(borders, ids_BT.device))
 
 
 def last_tokens(h_BTC: Tensor, documents: Documents | None) -> Tensor:

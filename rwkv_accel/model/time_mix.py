@@ -6,19 +6,14 @@ input.
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_accel.model.config import RWKV7Config
-from rwkv_accel.model.layers import Documents, HeadNorm, Linear, token_shift
+from rwkv_accel.model.layers import Documents, HeadNorm, Linear
 from rwkv_accel.model.precision import wide_dtype
+from rwkv_accel.ops.elementwise import shift_lerp, wkv_inputs
 from rwkv_accel.ops.wkv7 import wkv7
-
-DECAY_SCALE = -math.exp(-0.5)
-"""w_log = DECAY_SCALE * sigmoid(w_logit): a channel keeps between 54.5% and 100% of its state per token."""
 
 
 class TimeMix(nn.Module):
@@ -77,48 +72,35 @@ class TimeMix(nn.Module):
         """
         dtype, wide = h_BTC.dtype, wide_dtype(h_BTC.dtype)
         batch, num_tokens = h_BTC.shape[:2]
+        head_size = self.heads[1]
         per_head = (batch, num_tokens, *self.heads)
 
-        # All six interpolations in one kernel: [6,1,1,C] against [B,T,C].
-        lerp = torch.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]).to(dtype)
-        delta_BTC = token_shift(h_BTC, shift_BC, documents) - h_BTC
-        h_r, h_w, h_k, h_v, h_a, h_g = torch.addcmul(h_BTC, delta_BTC, lerp).unbind(0)
+        lerp_6C = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])[:, 0].to(dtype)
+        first_S, starts_T = (None, None) if documents is None else (documents.first_S, documents.starts_T)
+        shifted = shift_lerp(h_BTC, lerp_6C, shift=shift_BC, first_S=first_S, starts_T=starts_T)
+        h_r, h_w, h_k, h_v, h_a, h_g = shifted.unbind(0)
 
-        r_BTHN = self.receptance(h_r).view(per_head)
+        r_BTC = self.receptance(h_r)
         k_BTC = self.key(h_k)
         v_BTC = self.value(h_v)
-        w_logit = torch.tanh(h_w @ self.w1.to(dtype)) @ self.w2.to(dtype)
-        w_log = DECAY_SCALE * torch.sigmoid(self.w0.to(wide) + w_logit)
-        iclr_BTC = torch.sigmoid(self.a0.to(dtype) + (h_a @ self.a1.to(dtype)) @ self.a2.to(dtype))
+        w_low = torch.tanh(h_w @ self.w1.to(dtype)) @ self.w2.to(dtype)
+        a_low = (h_a @ self.a1.to(dtype)) @ self.a2.to(dtype)
         gate_BTC = torch.sigmoid(h_g @ self.g1.to(dtype)) @ self.g2.to(dtype)
-        if self.layer == 0:
-            v_first_BTC = v_BTC
-        else:
-            assert v_first_BTC is not None
-            residual = torch.sigmoid(self.v0.to(dtype) + (h_v @ self.v1.to(dtype)) @ self.v2.to(dtype))
-            v_BTC = torch.lerp(v_BTC, v_first_BTC, residual)
-
-        kappa = F.normalize((k_BTC.to(wide) * self.k_k.to(wide)).view(per_head), dim=-1, eps=1e-12)
-        k_BTHN = torch.addcmul(k_BTC, k_BTC * (iclr_BTC - 1), self.k_a.to(dtype)).view(per_head)
-        v_BTHN = v_BTC.view(per_head)
-        b_BTHN = (kappa * iclr_BTC.view(per_head)).to(dtype)
+        first = self.layer == 0
+        v_low = None if first else (h_v @ self.v1.to(dtype)) @ self.v2.to(dtype)
+        vectors = (self.w0, self.a0, None if first else self.v0, self.k_k, self.k_a)
+        x = wkv_inputs(
+            k_BTC, v_BTC, None if first else v_first_BTC, (w_low, a_low, v_low), vectors, head_size=head_size
+        )
 
         if state_BHNN is None and self.time_state is not None:
             num_sequences = batch if documents is None else len(documents.first_S)
             state_BHNN = self.time_state.to(wide).expand(num_sequences, -1, -1, -1)
         y_BTHN, final_BHNN = wkv7(
-            r_BTHN,
-            w_log.view(per_head),
-            k_BTHN,
-            v_BTHN,
-            -kappa.to(dtype),
-            b_BTHN,
+            *(t.view(per_head) for t in (r_BTC, x.w_log, x.k, x.v, x.a, x.b)),
             state=state_BHNN,
             cu_seqlens=None if documents is None else documents.cu_seqlens,
             backend=backend,
         )
-
-        y_wide = self.ln_x(y_BTHN)
-        bonus = (r_BTHN.to(wide) * k_BTHN.to(wide) * self.r_k.to(wide)).sum(-1, keepdim=True)
-        y_wide = torch.addcmul(y_wide, bonus, v_BTHN.to(wide)) * gate_BTC.view(per_head)
-        return self.output(y_wide.to(dtype).view(h_BTC.shape)), v_first_BTC, final_BHNN
+        out_BTC = self.ln_x(y_BTHN.reshape(h_BTC.shape), r_BTC, x.k, x.v, gate_BTC, self.r_k)
+        return self.output(out_BTC), v_BTC if first else v_first_BTC, final_BHNN

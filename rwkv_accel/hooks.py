@@ -72,6 +72,7 @@ class Run:
     """[V] bytes of each token."""
     identity: dict[str, Any]
     """The resolved recipe with the rows per update filled in: what a resume is compared with."""
+    loader: TrainLoader
     pending: list[tuple[StepStats, float, float]] = field(default_factory=list)
     """Stats, learning rate and weight decay of the updates whose scalars are still on the device."""
     unlogged: list[list[float]] = field(default_factory=list)
@@ -204,7 +205,12 @@ def on_checkpoint(state: TrainState, run: Run, name: str | None = None) -> None:
             name=name or f"step-{state.step:08d}",
             config=run.identity,
             base_digest=run.base_digest,
-            extra={"log": run.log.state(), "saved_step": run.saved_step, "unlogged": run.unlogged},
+            extra={
+                "log": run.log.state(),
+                "saved_step": run.saved_step,
+                "unlogged": run.unlogged,
+                "data": run.loader.state_dict(state.rows_consumed),
+            },
             extra_tensors=adapter_buffers(model),
         )
     for failure in run.writer.take_failures():
@@ -221,6 +227,8 @@ def on_train_end(state: TrainState, run: Run) -> None:
     if run.checkpoint_step != state.step:
         on_checkpoint(state, run)
     run.writer.finish(run.accelerator)
+    if left_out := run.loader.left_out():
+        run.log.message(left_out)
     run.stop.release()
     on_samples(state, run)
     run.log.close()

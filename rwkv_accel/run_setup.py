@@ -109,8 +109,10 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         eval_sets=eval_sets,
         token_lengths=token_lengths(build_tokenizer(config.data.tokenizer), model_shape(config).vocab_size),
         identity=identity,
+        loader=loader,
     )
     if saved:
+        loader.load_state_dict(saved["extra"].get("data"))
         log.restore(saved["extra"]["log"])
         run.checkpoint_step = state.step
         run.saved_step, run.unlogged = saved["extra"]["saved_step"], saved["extra"]["unlogged"]
@@ -153,7 +155,7 @@ def build_eval_sets(config: RunConfig, accelerator: Accelerator) -> list[tuple[s
         data = config.data.model_copy(update={"shuffle": False, "weights": None})
         return [("validation", _loader(config, data, trainer, accelerator, subset))]
     paths = (config.eval.path,) if isinstance(config.eval.path, str) else config.eval.path
-    plain = {"shuffle": False, "weights": None, "max_documents": None, "sampling": "documents"}
+    plain = {"shuffle": False, "weights": None, "max_documents": None, "sampling": "documents", "streaming": False}
     return [
         (Path(path).stem, _loader(config, config.data.model_copy(update={**plain, "path": path}), trainer, accelerator))
         for path in paths

@@ -21,10 +21,15 @@ class DataConfig(Strict):
     subset: str | None = None
     """hub: the configuration of a data set that has several."""
     streaming: bool = False
-    """hub: read through the network instead of downloading first; needs max_documents."""
+    """Read while training: nothing is downloaded, counted or cached first, any file, URL or hub name may be endless.
+    There are no epochs, so set trainer.max_steps; a source that ends starts again. With max_documents: read that many
+    documents through the network before the first step, and train on them as on a file."""
+    stream_block: Positive = 4096
+    """streaming: documents that are read, shuffled and packed together."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Mix the paths: relative share of the rows that each gives, one number per path. An epoch has as many rows as
-    all paths together; a path with a larger share than it has rows is read again, in another order."""
+    all paths together; a path with a larger share than it has rows is read again, in another order. streaming:
+    relative share of the tokens."""
     text_column: str = "text"
     """Column with a whole document."""
     messages_column: str = "messages"
@@ -69,6 +74,11 @@ class DataConfig(Strict):
     """Folder for the tokens of large sources (32 MB and more) and for the rows of large sets, found again by content
     and settings. None: tokenise at every start, in every process."""
 
+    @property
+    def is_endless(self) -> bool:
+        """Whether the data is read while training, without a number of rows."""
+        return self.streaming and self.max_documents is None
+
     @model_validator(mode="after")
     def _columns_pair(self) -> DataConfig:
         if (self.prompt_column is None) != (self.response_column is None):
@@ -80,11 +90,12 @@ class DataConfig(Strict):
         num_paths = 1 if isinstance(self.path, str) else len(self.path)
         if self.weights is not None and len(self.weights) != num_paths:
             raise ValueError(f"data.weights has {len(self.weights)} numbers for {num_paths} paths; give one per path")
-        if self.streaming and self.max_documents is None:
-            raise ValueError("data.streaming needs data.max_documents: rows are planned before the first step")
+        if self.is_endless and (self.packing == "bucket" or self.sampling == "magic_prime"):
+            key = "packing bucket" if self.packing == "bucket" else "sampling magic_prime"
+            raise ValueError(f"data.{key} needs all rows at once; with data.streaming use packing pack or pad")
         fixed = "data.packing bucket" if self.packing == "bucket" else ""
         fixed = "data.weights" if self.weights is not None else fixed
-        if fixed and not self.shuffle:
+        if fixed and not self.shuffle and not self.is_endless:
             raise ValueError(f"{fixed} decides the order of rows; set data.shuffle=true")
         if self.packing == "bucket" and self.weights is not None:
             raise ValueError("data.packing bucket sorts all rows by length; with data.weights use pack or pad")

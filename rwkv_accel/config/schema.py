@@ -9,6 +9,8 @@ Each section is a file of its own in this folder.
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from rwkv_accel.config.base import NonNegative, Positive, Strict
 from rwkv_accel.config.checkpoint import CheckpointConfig
 from rwkv_accel.config.data import DataConfig
@@ -55,3 +57,18 @@ class RunConfig(Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     samples: SamplesConfig = SamplesConfig()
+
+    @model_validator(mode="after")
+    def _stream_has_no_epochs(self) -> RunConfig:
+        if not self.data.is_endless:
+            return self
+        why = "data.streaming knows no epochs"
+        if self.trainer.max_steps is None:
+            raise ValueError(f"{why}: set trainer.max_steps, or data.max_documents to train on a part as on a file")
+        if self.trainer.max_epochs > 1:
+            raise ValueError(f"{why}: leave trainer.max_epochs at 1; trainer.max_steps ends the run")
+        if self.eval.split_fraction:
+            raise ValueError(f"{why} and no whole to take eval.split_fraction from: give eval.path")
+        if self.eval.path is not None and self.eval.every_n_steps is None:
+            raise ValueError(f"{why}: set eval.every_n_steps")
+        return self

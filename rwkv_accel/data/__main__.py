@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         config = read_config(args.source, args.overrides)
+        if config.data.is_endless and args.command in ("lint", "stats"):
+            raise UserError(f"{args.command} reads everything, and a stream may have no end: set data.max_documents")
         return {"preview": run_preview, "lint": run_lint, "stats": run_stats, "convert": run_convert}[args.command](
             args, config
         )
@@ -62,7 +64,8 @@ def read_config(source: str, overrides: Sequence[str]) -> RunConfig:
     """A recipe, or a recipe around a data path."""
     if source.endswith((".yaml", ".yml")):
         return load_config(source, overrides)
-    around = ["out_dir=none", "model.path=none", f"data.path={json.dumps(source)}"]
+    # A stream needs a number of steps, which nothing here asks for.
+    around = ["out_dir=none", "model.path=none", "trainer.max_steps=1", f"data.path={json.dumps(source)}"]
     return load_config(None, [*around, *overrides])
 
 

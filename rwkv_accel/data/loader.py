@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from rwkv_accel.config.schema import DataConfig, TrainerConfig
 from rwkv_accel.data.batch import Batch, dummy_batch, pack_batch, pad_batch
 from rwkv_accel.data.binidx import open_binidx
 from rwkv_accel.data.corpus import Corpus, RunFirst, open_corpora
+from rwkv_accel.data.documents import ReadReport
 from rwkv_accel.data.packing import Subset
 from rwkv_accel.data.rows import FlatRows, PlannedRows, RowSource, highest_token, plan_corpus
 from rwkv_accel.data.sampler import (
@@ -29,6 +32,7 @@ from rwkv_accel.data.sampler import (
     ShuffledOrder,
 )
 from rwkv_accel.data.sources import find_sources
+from rwkv_accel.data.stream import ENDLESS, StreamRows
 from rwkv_accel.data.tokenizer import Tokenizer, build_tokenizer
 from rwkv_accel.errors import UserError
 
@@ -63,6 +67,7 @@ class TrainLoader:
         self.micro_batches_per_window = trainer.micro_batches(world_size)
         self.global_batch_size = self.micro_batches_per_window * trainer.micro_batch_size * world_size
         self._sources, self._order, self._description = sources, order, description
+        self._stream = sources[0] if isinstance(sources[0], StreamRows) else None
         self._first_rows = np.cumsum([0, *(source.num_rows for source in sources)])
         self._packed = data.packing == "pack" and data.sampling == "documents"
         self._micro_batch_size, self._vocab_size = trainer.micro_batch_size, vocab_size
@@ -84,18 +89,50 @@ class TrainLoader:
         """
         assert 0 <= rows_consumed <= self.rows_per_epoch
         ahead: deque[Future[Window]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="data") as worker:
+        with self._at(rows_consumed), ThreadPoolExecutor(1, thread_name_prefix="data") as worker:
             for start in range(rows_consumed, self.rows_per_epoch, self.global_batch_size):
                 ahead.append(worker.submit(self._window, epoch, start))
                 if len(ahead) > PREFETCHED_WINDOWS:
+                    if self._stream:
+                        self._stream.forget(start - PREFETCHED_WINDOWS * self.global_batch_size)
                     yield self._on_device(ahead.popleft().result())
             while ahead:
                 yield self._on_device(ahead.popleft().result())
 
+    def state_dict(self, rows_consumed: int) -> dict[str, Any] | None:
+        """What a stream needs, beside the position, to go on from it; None where the position is all. JSON-ready."""
+        return self._stream.state_dict(rows_consumed) if self._stream else None
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if self._stream:
+            assert state is not None, "the checkpoint holds no place in the stream"
+            self._stream.load_state_dict(state)
+
+    def left_out(self) -> str:
+        """What a stream has left out so far; empty for data that describe() knows as a whole."""
+        report = self._stream.report if self._stream else ReadReport()
+        return (
+            f"data: {report.num_skipped:,} lines skipped, first: {report.first_skipped}" if report.num_skipped else ""
+        )
+
     def describe(self) -> str:
         """Documents, tokens, rows, unused share of the rows, and everything that was left out or cut."""
+        if self._stream:
+            return "\n".join(self._description)
         updates = f"data: {self.windows_per_epoch:,} updates of {self.global_batch_size} rows per epoch"
         return "\n".join([*self._description, updates])
+
+    @contextmanager
+    def _at(self, row: int) -> Iterator[None]:
+        """A stream stands at this row, and stops reading ahead in the end."""
+        if not self._stream:
+            yield
+            return
+        self._stream.seek(row)
+        try:
+            yield
+        finally:
+            self._stream.close()
 
     def _window(self, epoch: int, start: int) -> Window:
         stop = min(start + self.global_batch_size, self.rows_per_epoch)
@@ -153,6 +190,13 @@ def build_train_loader(
         flat = _open_flat(data)
         sources, order = [flat], MagicPrimeOrder(flat.num_rows)
         lines = [f"data: {len(flat.binidx.tokens):,} tokens in {flat.num_rows:,} rows of {data.ctx_len} (magic prime)"]
+    elif data.is_endless:
+        if subset is not None:
+            raise UserError("eval.split_fraction needs a whole to take a part of: with data.streaming give eval.path")
+        tokenizer = build_tokenizer(data.tokenizer)
+        stream = StreamRows(data, tokenizer, trainer.seed)
+        lines = _describe_stream(stream, tokenizer, data, vocab_size)
+        sources, order = [stream], FileOrder(ENDLESS)
     else:
         tokenizer = build_tokenizer(data.tokenizer)
         first = run_first or (lambda action: action())
@@ -238,10 +282,21 @@ def _describe(corpora: list[Corpus], rows: list[PlannedRows], data: DataConfig, 
         lines.append(f"data: {overlong:,} documents are longer than {data.ctx_len} tokens and were {done}")
     if empty := sum(plan.num_without_target for plan in plans):
         lines.append(f"data: {empty:,} documents or pieces without a target were left out")
-    for corpus in corpora:
-        if corpus.report.num_skipped:
-            lines.append(f"data: {corpus.report.num_skipped:,} lines skipped, first: {corpus.report.first_skipped}")
-    return lines
+    return [*lines, *(line for corpus in corpora for line in _skipped(corpus.report))]
+
+
+def _skipped(report: ReadReport) -> list[str]:
+    if not report.num_skipped:
+        return []
+    return [f"data: {report.num_skipped:,} lines skipped, first: {report.first_skipped}"]
+
+
+def _describe_stream(stream: StreamRows, tokenizer: Tokenizer, data: DataConfig, vocab_size: int) -> list[str]:
+    rows = stream.first_block().rows
+    corpus = Corpus(_shown(data), rows.store, stream.report, None)
+    _check(corpus, tokenizer, vocab_size)
+    first, *rest = _describe([corpus], [rows], data, FileOrder(rows.num_rows))
+    return [f"data: a stream, read {data.stream_block:,} documents at a time; this is the first block", first, *rest]
 
 
 def _shown(data: DataConfig) -> str:

@@ -86,7 +86,7 @@ def read_records(source: Source, data: DataConfig) -> Iterator[Record]:
 
 def remote_identity(source: Source, data: DataConfig) -> list[str]:
     """Names the content of a hub data set or of a URL, without reading it."""
-    with _blame(source.path):
+    with blame(source.path):
         if source.kind == "hub":
             import datasets
 
@@ -121,27 +121,32 @@ def _find(path: str) -> Source:
     return Source(str(local), suffix)
 
 
-def _open(path: str) -> io.BufferedIOBase:
+def open_bytes(path: str) -> io.BufferedIOBase:
+    """A local file or a URL, for reading."""
     if "://" not in path:
         return open(path, "rb")
     import fsspec
 
-    with _blame(path):
+    with blame(path):
         return fsspec.open(path, "rb").open()
 
 
 def _read_jsonl(path: str) -> Iterator[Record]:
-    with _open(path) as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield _parse_line(f"{path}:{number}", line)
+            if record := parse_line(path, number, line):
+                yield record
 
 
-def _parse_line(place: str, line: bytes) -> Record:
+def parse_line(path: str, number: int, line: bytes) -> Record | None:
+    """The record in a line of a .jsonl file; None for an empty line."""
+    place = f"{path}:{number}"
+    line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+    if not line.strip():
+        return None
     try:
-        fields = json.loads(line.decode("utf-8"))
+        # Without the line's end, which would count as a new line in the message.
+        fields = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
     except UnicodeDecodeError as error:
         return Record(place, None, f"not UTF-8 (byte {line[error.start]:#04x} at {error.start})")
     except json.JSONDecodeError as error:
@@ -154,7 +159,7 @@ def _parse_line(place: str, line: bytes) -> Record:
 
 
 def _read_txt(path: str) -> Iterator[Record]:
-    with _open(path) as file:
+    with open_bytes(path) as file:
         data = file.read().removeprefix(b"\xef\xbb\xbf")
     try:
         text = data.decode("utf-8")
@@ -175,27 +180,36 @@ def _read_txt(path: str) -> Iterator[Record]:
 
 
 def _read_table(source: Source, data: DataConfig) -> Iterator[Record]:
+    with blame(source.path):
+        for number, fields in enumerate(open_table(source, data), 1):
+            yield table_record(source, number, fields)
+
+
+def open_table(source: Source, data: DataConfig) -> Any:
+    """The data set of `datasets` behind a hub name, a saved folder or a table; iterable, perhaps streaming."""
     import datasets
 
-    with _blame(source.path):
-        if source.kind == "folder":
-            table = datasets.load_from_disk(source.path)
-        elif source.kind == "hub":
-            name = source.path.removeprefix(HUB_PREFIX)
-            table = datasets.load_dataset(name, data.subset, split=data.split, streaming=data.streaming)
-        else:
-            kind = TABLE_KINDS[source.kind]
-            table = datasets.load_dataset(kind, data_files=[source.path], split="train", streaming=True)
-        if isinstance(table, dict):
-            if data.split not in table:
-                raise UserError(f"data.path {source.path} has no split {data.split!r}, only {', '.join(table)}")
-            table = table[data.split]
-        for number, fields in enumerate(table, 1):
-            yield Record(f"{source.path} row {number}", dict(fields))
+    if source.kind == "folder":
+        table = datasets.load_from_disk(source.path)
+    elif source.kind == "hub":
+        name = source.path.removeprefix(HUB_PREFIX)
+        table = datasets.load_dataset(name, data.subset, split=data.split, streaming=data.streaming)
+    else:
+        kind = TABLE_KINDS[source.kind]
+        table = datasets.load_dataset(kind, data_files=[source.path], split="train", streaming=True)
+    if isinstance(table, dict):
+        if data.split not in table:
+            raise UserError(f"data.path {source.path} has no split {data.split!r}, only {', '.join(table)}")
+        table = table[data.split]
+    return table
+
+
+def table_record(source: Source, number: int, fields: Any) -> Record:
+    return Record(f"{source.path} row {number}", dict(fields))
 
 
 @contextmanager
-def _blame(path: str) -> Iterator[None]:
+def blame(path: str) -> Iterator[None]:
     """Turn whatever a reading library raises into one line that names the path."""
     try:
         yield

@@ -125,3 +125,24 @@ def test_every_field_has_a_docstring_and_a_reader():
         name = key.rsplit(".", 1)[-1]
         read_here = f"self.{name}" in schema
         assert f".{name}" in code or read_here or key.startswith("optim.lr_scale."), f"nothing reads {key}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ([], "data.streaming knows no epochs: set trainer.max_steps, or data.max_documents"),
+        (["trainer.max_steps=9", "trainer.max_epochs=2"], "leave trainer.max_epochs at 1"),
+        (
+            ["trainer.max_steps=9", "eval.split_fraction=0.1"],
+            "no whole to take eval.split_fraction from",
+        ),
+        (["trainer.max_steps=9", "eval.path=v.jsonl"], "data.streaming knows no epochs: set eval.every_n_steps"),
+    ],
+)
+def test_a_stream_has_no_epochs(overrides, problem):
+    base = ["out_dir=x", "model.path=m.pth", "data.path=d.jsonl", "data.streaming=true"]
+    with pytest.raises(UserError) as caught:
+        load_config(None, [*base, *overrides])
+    assert problem in str(caught.value)
+    assert load_config(None, [*base, "data.max_documents=9", *overrides[1:]]).data.streaming
+    assert load_config(None, [*base, "trainer.max_steps=9", "eval.path=v.jsonl", "eval.every_n_steps=5"])

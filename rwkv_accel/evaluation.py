@@ -10,6 +10,7 @@ import torch
 
 from rwkv_accel.data.loader import TrainLoader
 from rwkv_accel.data.tokenizer import Tokenizer
+from rwkv_accel.interrupt import Stopped, StopRequest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,11 +58,15 @@ def evaluate(
     *,
     name: str,
     limit_batches: int | None = None,
+    stop: StopRequest | None = None,
 ) -> EvalResult:
     """Loss over the loader's rows, or the first limit_batches windows of them. Collective.
 
     Every target token counts once and with the same weight, however the rows are spread. The model comes back in
     the mode it was in; dropout is off meanwhile.
+
+    Raises:
+        Stopped: on every rank, before a batch, when one of them wants to stop.
     """
     was_training = model.training
     model.eval()
@@ -73,6 +78,8 @@ def evaluate(
             if index == limit_batches:
                 break
             for batch in window.batches:
+                if stop is not None and stop.agreed():
+                    raise Stopped
                 labels = batch.labels_BT
                 targets = labels.clamp_min(0)
                 sums[0] += model(batch.ids_BT, labels, cu_seqlens=batch.cu_seqlens)

@@ -26,9 +26,9 @@ from rwkv_accel.config.schema import OptimConfig, RunConfig
 from rwkv_accel.data.loader import TrainLoader
 from rwkv_accel.data.template import TURN_END, chat_prompt
 from rwkv_accel.data.tokenizer import build_tokenizer
-from rwkv_accel.evaluation import evaluate
+from rwkv_accel.evaluation import EvalResult, evaluate
 from rwkv_accel.generation.engine import TextGenerator
-from rwkv_accel.interrupt import StopRequest, generator_states, set_generator_states
+from rwkv_accel.interrupt import Stopped, StopRequest, generator_states, set_generator_states
 from rwkv_accel.peft.apply import adapter_buffers
 from rwkv_accel.runtime import EXIT_STOPPED, requeue_file, started_file, unwrap
 from rwkv_accel.schedules import lr_at, wd_at
@@ -144,14 +144,26 @@ def log_pending(state: TrainState, run: Run) -> None:
 
 def on_evaluate(state: TrainState, run: Run) -> None:
     """Collective. Validate on every set; the first one's loss decides on the rate, on `best/` and on stopping."""
+    take_results(state, run, validate(state, run))
+    state.evaluated_step = state.step
+
+
+def validate(state: TrainState, run: Run) -> list[EvalResult]:
+    """Collective. The result of each set. A stop saves and leaves here: nothing has been decided or logged yet."""
+    options: dict[str, Any] = {"limit_batches": run.config.eval.limit_batches, "stop": run.stop}
+    try:
+        with run.log.pause():
+            return [
+                evaluate(run.accelerator, run.model, loader, run.token_lengths, name=name, **options)
+                for name, loader in run.eval_sets
+            ]
+    except Stopped:
+        on_interrupt(state, run)
+
+
+def take_results(state: TrainState, run: Run, results: list[EvalResult]) -> None:
+    """Collective. Log validation results and do what follows from the first one."""
     config = run.config.eval
-    with run.log.pause():
-        results = [
-            evaluate(
-                run.accelerator, run.model, loader, run.token_lengths, name=name, limit_batches=config.limit_batches
-            )
-            for name, loader in run.eval_sets
-        ]
     for result in results:
         run.log.log_eval(state.step, state.epoch, result)
     before = state.control.lr_factor
@@ -168,11 +180,18 @@ def on_evaluate(state: TrainState, run: Run) -> None:
 
 
 def on_epoch_end(state: TrainState, run: Run) -> None:
-    """Collective. Validate, save the adapter (or the whole model) every `epoch_save` epochs, and checkpoint."""
+    """Collective. Validate, save the adapter (or the whole model) every `epoch_save` epochs, and checkpoint.
+
+    The epoch counts as ended only after the validation, so that a stop within it comes back here.
+    """
+    log_pending(state, run)
+    validate_every, save_every = run.config.eval.every_n_epochs, run.config.checkpoint.epoch_save
+    is_validated = run.eval_sets and validate_every and (state.epoch + 1) % validate_every == 0
+    results = validate(state, run) if is_validated else []
+    state.end_epoch()
     run.log.epoch_line(state.epoch)
-    validate, save_every = run.config.eval.every_n_epochs, run.config.checkpoint.epoch_save
-    if run.eval_sets and validate and state.epoch % validate == 0:
-        on_evaluate(state, run)
+    if results:
+        take_results(state, run, results)
     if save_every and state.epoch % save_every == 0:
         save_latest(state, run, f"epoch-{state.epoch:04d}")
     on_checkpoint(state, run)
@@ -230,7 +249,8 @@ def on_train_end(state: TrainState, run: Run) -> None:
     if left_out := run.loader.left_out():
         run.log.message(left_out)
     run.stop.release()
-    on_samples(state, run)
+    if state.sampled_step != state.step:
+        on_samples(state, run)
     run.log.close()
     run.accelerator.wait_for_everyone()
 
@@ -259,7 +279,7 @@ def save(state: TrainState, run: Run, folder: Path) -> None:
 
 
 def on_samples(state: TrainState, run: Run) -> None:
-    """Answer the recipe's prompts on the main process, into the log, samples.json and the trackers."""
+    """Collective. Answer the recipe's prompts on the main process, into the log, samples.json and the trackers."""
     samples = run.config.samples
     if not samples.prompts:
         return
@@ -269,12 +289,20 @@ def on_samples(state: TrainState, run: Run) -> None:
                 f"samples: parameters are sharded; use `python -m rwkv_accel.generate {run.config.out_dir}`"
             )
         return
-    if not run.accelerator.is_main_process:
-        return
-    model = unwrap(run.model)
+    answers = _answers(run) if run.accelerator.is_main_process else []
+    if run.stop.agreed():
+        on_interrupt(state, run)
+    run.log.log_samples(state.step, state.epoch, answers)
+    state.sampled_step = state.step
+
+
+def _answers(run: Run) -> list[dict[str, Any]]:
+    """Generated on this process alone; cut short by a stop."""
+    samples, model = run.config.samples, unwrap(run.model)
     was_training, generators = model.training, generator_states(run.accelerator.device)
     with run.log.pause():
-        answers = TextGenerator(model.eval(), build_tokenizer(run.config.data.tokenizer)).generate(
+        tokenizer = build_tokenizer(run.config.data.tokenizer)
+        answers = TextGenerator(model.eval(), tokenizer, should_stop=run.stop.wanted).generate(
             [prompt if samples.raw else chat_prompt(prompt) for prompt in samples.prompts],
             max_new_tokens=samples.max_new_tokens,
             temperature=samples.temperature,
@@ -285,14 +313,10 @@ def on_samples(state: TrainState, run: Run) -> None:
     model.train(was_training)
     # Sampling must not change the dropout of the steps that follow.
     set_generator_states(generators, run.accelerator.device)
-    run.log.log_samples(
-        state.step,
-        state.epoch,
-        [
-            {"prompt": prompt, "text": answer.text, "stopped": answer.stop_reason != "length"}
-            for prompt, answer in zip(samples.prompts, answers)
-        ],
-    )
+    return [
+        {"prompt": prompt, "text": answer.text, "stopped": answer.stop_reason != "length"}
+        for prompt, answer in zip(samples.prompts, answers)
+    ]
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

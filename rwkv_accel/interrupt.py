@@ -1,7 +1,8 @@
 """Stopping on a signal without losing anything.
 
 Before the first step and after the last one a signal ends the process at once: nothing is half done there. Between,
-it only raises a flag; all ranks agree on it at the next micro-batch, drop the window they are in, and the loop saves.
+it only raises a flag; all ranks agree on it at the next micro-batch, validation batch or answer, drop what they are
+in the midst of, and the loop saves. What was dropped starts over at the next start.
 A second signal, sent on its own at least a second later, ends the process immediately; what is on disk is whole at
 any moment.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rwkv_accel.runtime import EXIT_STOPPED, stop_file
+from rwkv_accel.runtime import EXIT_STOPPED, is_main_process, stop_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A terminal and a launcher both pass a Ctrl-C on: two signals within this time are one.
 SAME_SIGNAL_SECONDS = 1.0
+
+
+class Stopped(Exception):
+    """The ranks agreed to stop in the midst of work that starts over at the next start; raised on all of them."""
 
 
 class StopRequest:
@@ -57,13 +62,17 @@ class StopRequest:
         """Signals end the process again: everything is saved."""
         self._deferred = False
 
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any rank wants to stop; the same answer on every rank. Collective, on the host only."""
+    def wanted(self) -> bool:
+        """Whether this process has met a signal or the stop file, as far as that is still a request."""
         path = stop_file()
-        if self.reason is None and path is not None and accelerator.is_main_process and path.exists():
+        if self.reason is None and path is not None and is_main_process() and path.exists():
             self.reason = f"stop file {path}"
-        save = self.cadence is not None and accelerator.is_main_process and self.cadence.wanted()
-        wishes = torch.tensor([self.reason is not None, save], dtype=torch.int32)
+        return self._deferred and self.reason is not None
+
+    def agreed(self) -> bool:
+        """Whether any rank wants to stop; the same answer on every rank. Collective, on the host only."""
+        save = self.cadence is not None and is_main_process() and self.cadence.wanted()
+        wishes = torch.tensor([self.wanted(), save], dtype=torch.int32)
         if self._group is not None:
             torch.distributed.all_reduce(wishes, op=torch.distributed.ReduceOp.MAX, group=self._group)
         if self.cadence is not None and wishes[1]:

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from rwkv_accel.config.schema import RunConfig, TrainerConfig
 from rwkv_accel.data.batch import Batch
 from rwkv_accel.hooks import (
+    Run,
     StepStats,
-    log_pending,
     on_batch_end,
     on_batch_start,
     on_checkpoint,
@@ -34,35 +34,45 @@ if TYPE_CHECKING:
 def train(config: RunConfig) -> TrainState:
     """One run, from the recipe to the saved weights. Collective; returns where the run ended."""
     run, loader, state = set_up(config)
-    trainer, eval_every = config.trainer, config.eval.every_n_steps
-    sample_every = config.samples.every_n_steps
-    if config.eval.at_start and state.step == 0:
-        on_evaluate(state, run)
-
-    while state.step < run.total_steps and not state.control.wants_stop(config.eval):
+    after_update(state, run)
+    while state.rows_consumed == loader.rows_per_epoch or not is_finished(state, run):
         run.model.train()
         for window in run.log.watch(loader.windows(state.epoch, state.rows_consumed)):
             on_batch_start(state, run.optimizer, config.optim, run.total_steps)
-            stats = train_window(run.accelerator, run.model, run.optimizer, window.batches, trainer, run.stop)
+            stats = train_window(run.accelerator, run.model, run.optimizer, window.batches, config.trainer, run.stop)
             if stats is None:
                 on_interrupt(state, run)
             state.advance(window.num_rows)
             on_batch_end(state, stats, run)
-            if eval_every and state.step % eval_every == 0:
-                on_evaluate(state, run)
-            if sample_every and state.step % sample_every == 0:
-                on_samples(state, run)
-            if run.cadence.due(state.step):
-                on_checkpoint(state, run)
-            if state.step == run.total_steps or state.control.wants_stop(config.eval):
+            after_update(state, run)
+            if is_finished(state, run):
                 break
         if state.rows_consumed == loader.rows_per_epoch:
-            log_pending(state, run)
-            state.end_epoch()
             on_epoch_end(state, run)
 
     on_train_end(state, run)
     return state
+
+
+def after_update(state: TrainState, run: Run) -> None:
+    """What the recipe wants after this many updates and is not done yet: a start also does what a stop left undone."""
+    config = run.config
+    if state.evaluated_step != state.step and is_due(config.eval.every_n_steps, state.step, config.eval.at_start):
+        on_evaluate(state, run)
+    if state.sampled_step != state.step and is_due(config.samples.every_n_steps, state.step):
+        on_samples(state, run)
+    if 0 < state.step != run.checkpoint_step and run.cadence.due(state.step):
+        on_checkpoint(state, run)
+
+
+def is_due(every: int | None, step: int, at_start: bool = False) -> bool:
+    """Whether something done every so many updates is due after this many."""
+    return at_start if step == 0 else every is not None and step % every == 0
+
+
+def is_finished(state: TrainState, run: Run) -> bool:
+    """Whether no further update is wanted."""
+    return state.step >= run.total_steps or state.control.wants_stop(run.config.eval)
 
 
 def train_window(
@@ -93,7 +103,7 @@ def train_window(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     generators = generator_states(device)
     for index, batch in enumerate(window):
-        if stop.agreed(accelerator):
+        if stop.agreed():
             set_generator_states(generators, device)
             return None
         # Set by hand: accelerator.accumulate() watches a prepared loader, and this one is not.

@@ -22,6 +22,10 @@ class TrainState:
     """Tokens processed so far, padding excluded, over all processes."""
     targets_seen: int = 0
     """Tokens that were targets of the loss so far, over all processes."""
+    evaluated_step: int = -1
+    """Update after which the last validation at its cadence was finished."""
+    sampled_step: int = -1
+    """Update after which the recipe's prompts were last answered."""
     control: MetricControl = field(default_factory=MetricControl)
     """What the validation losses have decided so far."""
 

@@ -96,12 +96,24 @@ class _Row:
 class TextGenerator:
     """Generates from a model and its tokenizer. The model is not copied and stays as it is."""
 
-    def __init__(self, model: RWKV7, tokenizer: Tokenizer, *, batch_size: int = 64):
-        """batch_size: most rows decoded at once; further requests wait for a free row."""
+    def __init__(
+        self,
+        model: RWKV7,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 64,
+        should_stop: Callable[[], bool] | None = None,
+    ):
+        """
+        Args:
+            batch_size: most rows decoded at once; further requests wait for a free row.
+            should_stop: asked before every token; True has the effect of setting `interrupted`.
+        """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} is out of range; it must be at least 1")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.device = model.ln_out.weight.device
+        self._should_stop = should_stop
         self.interrupted = False
         """Set it (from a signal handler) to end all running requests after the current token."""
         self._missing_ids = torch.tensor(missing_ids(tokenizer, model.config.vocab_size), device=self.device)
@@ -173,6 +185,7 @@ class TextGenerator:
         state: RWKV7State | None = None
         logits_RV: Tensor | None = None
         while True:
+            self.interrupted = self.interrupted or (self._should_stop is not None and self._should_stop())
             entering = [] if self.interrupted else self._take(waiting, self.batch_size - len(rows))
             if entering:
                 self.foresee([request.prompt for _, request in entering], len(rows) + len(entering))

@@ -9,6 +9,7 @@ main(recipe, [..., "twice"])         and once more, on its own, while the checkp
 
 import os
 import signal
+import threading
 
 from rwkv_accel import hooks, interrupt, loop
 from rwkv_accel.config.load import load_config
@@ -80,11 +81,10 @@ def send_signal_within(where, count, rank, twice=None):
 
 
 def signal_while_writing():
-    fsync = os.fsync
-
     def interrupted(descriptor):
         interrupt.SAME_SIGNAL_SECONDS = -1.0
         os.kill(os.getpid(), signal.SIGTERM)
-        fsync(descriptor)
+        # The main thread takes the signal; a thread that writes must not be done before that.
+        threading.Event().wait(60)
 
     os.fsync = interrupted

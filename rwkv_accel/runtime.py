@@ -64,10 +64,14 @@ def fail(error: UserError) -> int:
 def set_environment_defaults() -> None:
     """Defaults that must be set before torch and its libraries start; what the user set stays."""
     # Extensions are cached by name only: two environments sharing a home would rebuild each other's.
-    cache = os.path.join(os.path.expanduser("~"), ".cache", "rwkv_accel", f"ext-{zlib.crc32(sys.prefix.encode()):08x}")
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", cache)
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / f"ext-{zlib.crc32(sys.prefix.encode()):08x}"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again."""
+    return Path(os.path.expanduser("~")) / ".cache" / "rwkv_accel"
 
 
 def set_seed(seed: int) -> None:

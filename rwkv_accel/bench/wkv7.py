@@ -19,7 +19,7 @@ from rwkv_accel.bench.harness import (
     interleaved,
     peak_tensor_mib,
 )
-from rwkv_accel.ops.wkv7 import BACKENDS, wkv7
+from rwkv_accel.ops.wkv7 import available_backends, wkv7
 
 SHAPES = ((2, 512, 12, 64), (1, 4096, 12, 64))
 DOCUMENTS = (700, 40, 1500, 300, 96, 1000, 460)
@@ -55,7 +55,7 @@ def measure(options: Options) -> list[Row]:
 
 
 def _compare(tensors: list[Tensor], cu_seqlens: Tensor | None, label: str, options: Options) -> list[Row]:
-    candidates = {name: partial(run, tensors, name, cu_seqlens) for name in BACKENDS}
+    candidates = {name: partial(run, tensors, name, cu_seqlens) for name in available_backends(tensors[0].device.type)}
     truth = candidates["reference"]()
     for name, candidate in candidates.items():
         check_parity(f"{name}, {label}", candidate(), truth, TOLERANCE)

@@ -10,36 +10,88 @@ Source: arXiv 2503.14456 section 4; RWKV-LM train_temp/src/model.py.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from rwkv_accel.ops.wkv7.checks import check_inputs
+from rwkv_accel.ops.wkv7.checks import check_inputs, wide_dtype
 from rwkv_accel.ops.wkv7.chunked import wkv7_chunked
 from rwkv_accel.ops.wkv7.reference import wkv7_reference
+from rwkv_accel.ops.wkv7.triton_config import HEAD_SIZES
 
-__all__ = ["BACKENDS", "select_backend", "wkv7"]
+__all__ = ["BACKENDS", "available_backends", "select_backend", "wkv7"]
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"reference": wkv7_reference, "chunked": wkv7_chunked}
+
+Backend = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _wkv7_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    # Not at the top: the package is absent on some platforms, and its import takes a while.
+    from rwkv_accel.ops.wkv7.triton_op import wkv7_triton
+
+    return wkv7_triton(*arguments)
+
+
+BACKENDS: dict[str, Backend] = {"reference": wkv7_reference, "chunked": wkv7_chunked, "triton": _wkv7_triton}
 
 
 @cache
-def select_backend(backend: str, device_type: str) -> tuple[str, str]:
+def select_backend(
+    backend: str, device_type: str, head_size: int = 64, dtype: torch.dtype = torch.float32
+) -> tuple[str, str]:
     """(name, reason) of the backend that `wkv7` runs for a request on a device type ("cpu", "cuda", ...).
 
     "auto" takes the fastest that runs there; a backend asked for by name is taken or refused, never replaced.
-    Raises ValueError for a name that does not exist. The choice is logged once.
+    `dtype` is the dtype of the arithmetic. Raises ValueError for a name that does not exist and for Triton where it
+    cannot run. Each choice is logged once.
     """
-    if backend == "auto":
-        name, reason = "chunked", f"auto: the fastest backend on {device_type}"
-    elif backend in BACKENDS:
-        name, reason = backend, "asked for by name"
-    else:
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    name, reason = backend, "asked for by name"
+    if backend == "triton":
+        obstacle = _triton_obstacle(device_type, head_size, dtype)
+        if obstacle is not None:
+            raise ValueError(f"backend triton cannot run: {obstacle}; take auto or chunked")
+    elif backend == "auto" and device_type == "cpu":
+        name, reason = "chunked", "auto: the fastest backend on cpu"
+    elif backend == "auto":
+        obstacle = _triton_obstacle(device_type, head_size, dtype)
+        name = "triton" if obstacle is None else "chunked"
+        reason = f"auto: the fastest backend on {device_type}" if obstacle is None else f"auto: not triton, {obstacle}"
     logger.info("wkv7 backend on %s: %s (%s)", device_type, name, reason)
     return name, reason
+
+
+def available_backends(device_type: str, head_size: int = 64, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Backends that run such inputs on a device type."""
+    obstacle = _triton_obstacle(device_type, head_size, dtype)
+    return [name for name in BACKENDS if name != "triton" or obstacle is None]
+
+
+def _triton_obstacle(device_type: str, head_size: int, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run there, or None."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device_type == "cpu":
+        from triton import knobs
+
+        if not knobs.runtime.interpret:
+            return "a CPU runs them only under Triton's interpreter (TRITON_INTERPRET=1)"
+    elif device_type != "cuda":
+        return f"there are kernels for NVIDIA and AMD GPUs, not for {device_type}"
+    elif torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "NVIDIA GPUs before compute capability 8.0 do not multiply bf16"
+    if dtype == torch.float64:
+        return "the kernels compute in fp32, and an input is fp64"
+    if head_size not in HEAD_SIZES:
+        return f"head size {head_size} is none of {', '.join(map(str, HEAD_SIZES))}"
+    return None
 
 
 def wkv7(
@@ -65,10 +117,10 @@ def wkv7(
         cu_seqlens: int [S+1], borders of S documents packed into a batch of one row, rising strictly from 0
             to T; the state restarts at every border, `state` and the final state are [S,H,N,N]. Best kept on
             the host: its values lay out the work, so a tensor on an accelerator costs a wait for the device.
-        backend: "auto", "reference" or "chunked".
+        backend: "auto", "reference", "chunked" or "triton".
 
     Raises ValueError, before any work, for inputs that do not fit together.
     """
-    name, _ = select_backend(backend, r.device.type)
     borders = check_inputs(r, w_log, k, v, a, b, state, cu_seqlens)
+    name, _ = select_backend(backend, r.device.type, r.shape[-1], wide_dtype(r, w_log, k, v, a, b))
     return BACKENDS[name](r, w_log, k, v, a, b, state, borders)

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from rwkv_accel.ops.wkv7 import select_backend, wkv7
+from rwkv_accel.ops.wkv7 import available_backends, select_backend, wkv7
 from tests.unit.ops.wkv7_cases import make_inputs
 
 NAMES = ["r", "w_log", "k", "v", "a", "b", "state"]
@@ -88,8 +88,45 @@ def test_backend_by_name():
     assert select_backend("reference", "cpu") == ("reference", "asked for by name")
     assert select_backend("chunked", "cuda") == ("chunked", "asked for by name")
     for op in (lambda: select_backend("cuda", "cpu"), lambda: call(make_inputs(1, 4, 2, 8), backend="cuda")):
-        with pytest.raises(ValueError, match=r"^backend must be one of auto, reference, chunked, got 'cuda'$"):
+        with pytest.raises(ValueError, match=r"^backend must be one of auto, reference, chunked, triton, got 'cuda'$"):
             op()
+
+
+def test_triton_is_taken_on_gpus_and_refused_with_the_reason_elsewhere():
+    assert select_backend("auto", "cuda") == ("triton", "auto: the fastest backend on cuda")
+    for arguments, reason in [
+        (("cpu",), r"a CPU runs them only under Triton's interpreter \(TRITON_INTERPRET=1\)"),
+        (("mps",), "there are kernels for NVIDIA and AMD GPUs, not for mps"),
+        (("cuda", 24), "head size 24 is none of 16, 32, 64, 128"),
+        (("cuda", 64, torch.float64), "the kernels compute in fp32, and an input is fp64"),
+    ]:
+        with pytest.raises(ValueError, match=f"^backend triton cannot run: {reason}; take auto or chunked$"):
+            select_backend("triton", *arguments)
+        assert select_backend("auto", *arguments)[0] == "chunked"
+        assert "triton" not in available_backends(*arguments)
+    assert select_backend("auto", "cuda", 24)[1] == "auto: not triton, head size 24 is none of 16, 32, 64, 128"
+    with pytest.raises(ValueError, match=r"^backend triton cannot run"):
+        call(make_inputs(1, 4, 2, 16), backend="triton")
+
+
+def test_without_the_package_triton(monkeypatch):
+    monkeypatch.setattr("rwkv_accel.ops.wkv7.find_spec", lambda name: None)
+    select_backend.cache_clear()
+    try:
+        reason = "auto: not triton, the package triton is not installed"
+        assert select_backend("auto", "cuda") == ("chunked", reason)
+    finally:
+        select_backend.cache_clear()
+
+
+def test_old_gpus_take_the_chunked_backend(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    select_backend.cache_clear()
+    try:
+        assert "before compute capability 8.0" in select_backend("auto", "cuda")[1]
+    finally:
+        select_backend.cache_clear()
 
 
 def test_choice_is_logged_once(caplog):

@@ -1,0 +1,163 @@
+"""Every Triton kernel as it is launched, compiled ahead of time for GPUs that are not here, and what it costs there.
+
+A call on tensors without data (device meta) hands over its launches instead of running them; each is compiled for a
+named target, and registers, spills, shared memory and instructions are read from the result.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkv_accel.ops.wkv7 import triton_op
+from rwkv_accel.ops.wkv7.pieces import WANTED_PROGRAMS, build_pieces
+from rwkv_accel.ops.wkv7.triton_config import (
+    DTYPES,
+    HEAD_SIZES,
+    Config,
+    Launch,
+    default_config,
+    entry_name,
+    precision,
+)
+
+TARGETS = {"sm_80": ("cuda", 80), "sm_90": ("cuda", 90), "sm_120": ("cuda", 120), "gfx942": ("hip", "gfx942")}
+"""Name -> backend and architecture. Shared memory of a block there: see SHARED_LIMIT."""
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+"""Most bytes of shared memory of one block."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of a call: a kernel with the types and constants it is specialised for."""
+
+    name: str
+    target: str
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the compiler made of a kernel."""
+
+    registers: int
+    spilled: int
+    """NVIDIA: loads and stores of the stack; AMD: spilled registers."""
+    shared_bytes: int
+    instructions: int
+
+
+def shipped(
+    targets: tuple[str, ...] = tuple(TARGETS),
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    head_sizes: tuple[int, ...] = HEAD_SIZES,
+) -> Iterator[Kernel]:
+    """All kernels of the table's configurations."""
+    for target in targets:
+        for dtype in dtypes:
+            for size in head_sizes:
+                yield from kernels_of(target, dtype, size, default_config(TARGETS[target][0], dtype, size))
+
+
+def kernels_of(target: str, dtype: torch.dtype, size: int, config: Config) -> list[Kernel]:
+    """The launches of training from no state, of inference, and of training a sequence cut into pieces."""
+    backend = TARGETS[target][0]
+    heads, num_tokens = 2, 64 * config.chunk_size
+    x = torch.empty(1, num_tokens, heads, size, dtype=dtype, device="meta")
+    inputs = (x, x.float(), x, x, x, x)
+    state = x.new_empty(1, heads, size, size, dtype=torch.float32)
+    found: dict[str, Kernel] = {}
+
+    def record(function: Any, programs: int, launch: Launch, *args: Any, **constants: Any) -> None:
+        named = dict(zip(function.arg_names, args))
+        signature = {name: _type_of(value) for name, value in named.items()}
+        absent = dict.fromkeys(name for name, kind in signature.items() if kind == "constexpr")
+        name = "/".join([function.fn.__name__, *_variant(constants, absent), entry_name(dtype, size)])
+        found.setdefault(name, Kernel(name, target, function, signature, {**absent, **constants}, launch))
+
+    with triton_op.recording(record):
+        for programs, start, kept in ((WANTED_PROGRAMS, None, True), (WANTED_PROGRAMS, state, False), (8, state, True)):
+            pieces = build_pieces(1, num_tokens, None, config.chunk_size, programs, torch.device("meta"))
+            setup = triton_op.Setup(config, precision(backend, dtype), pieces)
+            out, final, extra = triton_op.run_forward(inputs, start, setup, kept)
+            if kept:
+                triton_op.run_backward(inputs, out, None if start is None else final, extra, setup)
+    return list(found.values())
+
+
+def _variant(constants: dict[str, Any], absent: dict[str, None]) -> list[str]:
+    """What tells the launches of one kernel within a call apart."""
+    if constants.get("TRANSITION"):
+        return ["transition"]
+    from_zeros = ["from zeros"] * ("start_p" in absent or ("d_end_p" in absent and "dz_p" not in absent))
+    quiet = ["inference"] * ("u_p" in absent) + ["state only"] * ("dz_p" in absent)
+    return ["backward"] * bool(constants.get("BACKWARD")) + from_zeros + quiet
+
+
+def _type_of(value: Any) -> str:
+    if value is None:
+        return "constexpr"
+    if isinstance(value, int):
+        return "i32"
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+    return "*" + names[value.dtype]
+
+
+def compile_kernel(kernel: Kernel) -> Cost:
+    """Compile for the kernel's target. Raises what Triton raises if it cannot."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, arch = TARGETS[kernel.target]
+    pointers = [i for i, kind in enumerate(kernel.signature.values()) if kind.startswith("*")]
+    source = ASTSource(
+        fn=kernel.function,
+        signature={**kernel.signature, **dict.fromkeys(kernel.constants, "constexpr")},
+        constexprs=kernel.constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+    )
+    target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
+    compiled = triton.compile(source, target=target, options=kernel.launch.options)
+    if backend == "hip":
+        return _amd_cost(compiled.asm["amdgcn"], compiled.metadata.shared)
+    return _nvidia_cost(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _nvidia_cost(cubin: bytes, shared: int) -> Cost:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        read = [
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        ]
+    registers = re.search(r"REG:(\d+)", read[0])
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", read[1], re.MULTILINE)
+    assert registers is not None
+    spilled = sum(name in ("LDL", "STL") for name in instructions)
+    return Cost(int(registers[1]), spilled, shared, len(instructions))
+
+
+def _amd_cost(assembly: str, shared: int) -> Cost:
+    def field(name: str) -> int:
+        found = re.search(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE)
+        assert found is not None, name
+        return int(found[1])
+
+    instructions = re.findall(r"^\t[a-z]\w+", assembly.split("s_endpgm")[0], re.MULTILINE)
+    spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
+    return Cost(field("vgpr_count"), spilled, shared, len(instructions))

@@ -1,0 +1,182 @@
+"""Backward kernels of WKV-7: a light scan for the gradients of the states, then everything else chunk by chunk.
+
+    scan_pieces_backward   one program per piece, head and slice of values   dZ, the state's gradient after every chunk
+    chunk_gradients        one program per chunk and head                    all six gradients
+
+Z = (I - Aab) U is what the inverse acts on, dZ its gradient; D is the gradient of the state behind a chunk. The scan
+reads neither k nor v; the second kernel has no serial part and no inverse, so it fills the device at any batch size.
+
+Tables and names as in triton_forward.py. Shapes: H heads, N head size, C tokens of a chunk, V values of a slice,
+K keys of a block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rwkv_accel.ops.wkv7.triton_math import LOG2_E, dot, load_rows, lower_part, operand, store_rows
+
+
+@triton.jit(do_not_specialize=["heads"])
+def scan_pieces_backward(
+    r_p,
+    w_log_p,
+    a_p,
+    b_p,
+    d_out_p,
+    inverse_p,
+    d_end_p,
+    pieces_p,
+    dz_p,
+    d_states_p,
+    d_start_p,
+    heads,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`d_end_p` None: zeros. `dz_p` and `d_states_p` None: only the gradient of the piece's first state is wanted."""
+    NUM_SLICES: tl.constexpr = N // V
+    index = tl.program_id(0) // NUM_SLICES
+    row = (tl.program_id(0) % NUM_SLICES) * V + tl.arange(0, V)
+    piece = (index // heads).to(tl.int64)
+    head = index % heads
+    first_token = tl.load(pieces_p + 3 * piece)
+    num_tokens = tl.load(pieces_p + 3 * piece + 1).to(tl.int32)
+    first_chunk = tl.load(pieces_p + 3 * piece + 2)
+    t, n = tl.arange(0, C), tl.arange(0, N)
+    square = t[:, None] * C + t[None, :]
+    keys = t[:, None] * (heads * N) + n[None, :]
+    values = t[:, None] * (heads * N) + row[None, :]
+    state_rows = row[:, None] * N + n[None, :]
+    if d_end_p is not None:
+        d_state_VN = tl.load(d_end_p + (piece * heads + head) * N * N + state_rows)
+    else:
+        d_state_VN = tl.zeros([V, N], tl.float32)
+
+    num_chunks = tl.cdiv(num_tokens, C)
+    for i in range(num_chunks):
+        c = num_chunks - 1 - i
+        here = (c * C + t < num_tokens)[:, None]
+        base = ((first_token + c * C) * heads + head) * N
+        chunk = (first_chunk + c) * heads + head
+        if d_states_p is not None:
+            tl.store(d_states_p + chunk * N * N + state_rows, d_state_VN.to(d_states_p.dtype.element_ty))
+        w_CN = load_rows(w_log_p + base, keys, here) * LOG2_E
+        sum_CN = tl.cumsum(w_CN, 0)
+        total_N = tl.sum(w_CN, 0)
+        a_CN = operand(load_rows(a_p + base, keys, here) * tl.exp2(sum_CN - w_CN), PRECISION)
+        b_CN = operand(load_rows(b_p + base, keys, here) * tl.exp2(-sum_CN), PRECISION)
+        r_CN = operand(load_rows(r_p + base, keys, here) * tl.exp2(sum_CN), PRECISION)
+        d_out_CV = operand(load_rows(d_out_p + base, values, here), PRECISION)
+        inverse_CC = tl.load(inverse_p + chunk * C * C + square)
+
+        d_written_VN = d_state_VN * tl.exp2(total_N)[None, :]
+        rb_CC = lower_part(dot(r_CN, tl.trans(b_CN), PRECISION), C, False)
+        du_CV = dot(tl.trans(rb_CC), d_out_CV, PRECISION) + dot(b_CN, tl.trans(d_written_VN), PRECISION)
+        dz_CV = dot(tl.trans(inverse_CC), du_CV, PRECISION)
+        if dz_p is not None:
+            store_rows(dz_p + base, values, dz_CV, here)
+        d_state_VN = d_written_VN + dot(tl.trans(d_out_CV), r_CN, PRECISION)
+        d_state_VN += dot(tl.trans(dz_CV), a_CN, PRECISION)
+    tl.store(d_start_p + (piece * heads + head) * N * N + state_rows, d_state_VN)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def chunk_gradients(
+    r_p,
+    w_log_p,
+    k_p,
+    v_p,
+    a_p,
+    b_p,
+    d_out_p,
+    u_p,
+    dz_p,
+    states_p,
+    d_states_p,
+    chunks_p,
+    dr_p,
+    dw_log_p,
+    dk_p,
+    dv_p,
+    da_p,
+    db_p,
+    heads,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    chunk = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    first_token = tl.load(chunks_p + 2 * chunk)
+    num_tokens = tl.load(chunks_p + 2 * chunk + 1).to(tl.int32)
+    t, n = tl.arange(0, C), tl.arange(0, N)
+    here = (t < num_tokens)[:, None]
+    base = (first_token * heads + head) * N
+    state_base = (chunk * heads + head) * N * N
+    values = t[:, None] * (heads * N) + n[None, :]
+
+    v_CN = operand(load_rows(v_p + base, values, here), PRECISION)
+    d_out_CN = operand(load_rows(d_out_p + base, values, here), PRECISION)
+    u_CN = operand(load_rows(u_p + base, values, here), PRECISION)
+    dz_CN = operand(load_rows(dz_p + base, values, here), PRECISION)
+    # Gradients of the four scores: which row of what is read, times which row of what is written.
+    d_ab_CC = operand(lower_part(dot(dz_CN, tl.trans(u_CN), PRECISION), C, True), PRECISION)
+    d_ak_CC = operand(lower_part(dot(dz_CN, tl.trans(v_CN), PRECISION), C, True), PRECISION)
+    d_rb_CC = operand(lower_part(dot(d_out_CN, tl.trans(u_CN), PRECISION), C, False), PRECISION)
+    d_rk_CC = operand(lower_part(dot(d_out_CN, tl.trans(v_CN), PRECISION), C, False), PRECISION)
+    ak_CC = tl.zeros([C, C], tl.float32)
+    rk_CC = tl.zeros([C, C], tl.float32)
+    dv_CN = tl.zeros([C, N], tl.float32)
+
+    for block in range(N // K):
+        key = block * K + tl.arange(0, K)
+        keys = t[:, None] * (heads * N) + key[None, :]
+        w_CK = load_rows(w_log_p + base, keys, here) * LOG2_E
+        sum_CK = tl.cumsum(w_CK, 0)
+        total_K = tl.sum(w_CK, 0)
+        before_CK, decay_CK, growth_CK = tl.exp2(sum_CK - w_CK), tl.exp2(sum_CK), tl.exp2(-sum_CK)
+        a_CK = load_rows(a_p + base, keys, here) * before_CK
+        r_CK = load_rows(r_p + base, keys, here) * decay_CK
+        b_CK = load_rows(b_p + base, keys, here) * growth_CK
+        k_CK = load_rows(k_p + base, keys, here) * growth_CK
+        state_NK = tl.load(states_p + state_base + n[:, None] * N + key[None, :]).to(tl.float32)
+        d_state_NK = tl.load(d_states_p + state_base + n[:, None] * N + key[None, :]).to(tl.float32)
+        d_written_NK = d_state_NK * tl.exp2(total_K)[None, :]
+        # dG of the end: the last state scales with it. Its parts are state * D here, then k dk and b db below.
+        d_total_K = tl.sum(state_NK * d_written_NK, 0)
+
+        d_read_CK = dot(dz_CN, state_NK, PRECISION) + dot(d_ab_CC, b_CK, PRECISION) + dot(d_ak_CC, k_CK, PRECISION)
+        store_rows(da_p + base, keys, d_read_CK * before_CK, here)
+        from_a_CK = d_read_CK * a_CK
+        d_sum_CK = from_a_CK
+        d_read_CK = dot(d_out_CN, state_NK, PRECISION) + dot(d_rb_CC, b_CK, PRECISION) + dot(d_rk_CC, k_CK, PRECISION)
+        store_rows(dr_p + base, keys, d_read_CK * decay_CK, here)
+        d_sum_CK += d_read_CK * r_CK
+
+        d_kept_CK = dot(u_CN, d_written_NK, PRECISION)
+        d_total_K += tl.sum(d_kept_CK * b_CK, 0)
+        d_kept_CK += dot(tl.trans(d_ab_CC), a_CK, PRECISION) + dot(tl.trans(d_rb_CC), r_CK, PRECISION)
+        store_rows(db_p + base, keys, d_kept_CK * growth_CK, here)
+        d_sum_CK -= d_kept_CK * b_CK
+        d_kept_CK = dot(v_CN, d_written_NK, PRECISION)
+        d_total_K += tl.sum(d_kept_CK * k_CK, 0)
+        d_kept_CK += dot(tl.trans(d_ak_CC), a_CK, PRECISION) + dot(tl.trans(d_rk_CC), r_CK, PRECISION)
+        store_rows(dk_p + base, keys, d_kept_CK * growth_CK, here)
+        d_sum_CK -= d_kept_CK * k_CK
+
+        k_KC = tl.trans(k_CK)
+        ak_CC += dot(a_CK, k_KC, PRECISION)
+        rk_CC += dot(r_CK, k_KC, PRECISION)
+        dv_CN += dot(k_CK, tl.trans(d_written_NK), PRECISION)
+        # w_log of a token is in G of this token and of all later ones; a reads G of the token before.
+        dw_CK = tl.sum(d_sum_CK, 0)[None, :] - tl.cumsum(d_sum_CK, 0) + d_sum_CK - from_a_CK + d_total_K[None, :]
+        store_rows(dw_log_p + base, keys, dw_CK, here)
+
+    dv_CN += dot(tl.trans(lower_part(rk_CC, C, False)), d_out_CN, PRECISION)
+    dv_CN += dot(tl.trans(lower_part(ak_CC, C, True)), dz_CN, PRECISION)
+    store_rows(dv_p + base, values, dv_CN, here)

@@ -1,0 +1,248 @@
+"""WKV-7 in Triton: chooses sizes, allocates, launches; see triton_forward.py and triton_backward.py for the kernels.
+
+Kept for the backward pass: the inputs, and per chunk the state before it, the inverse and U. Nothing of size T is kept
+where no gradient is asked for.
+
+Shapes: B batch, T tokens, H heads, N head size, S sequences, P pieces, C tokens per chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_accel.ops.first_order import check_first_order
+from rwkv_accel.ops.wkv7.pieces import Pieces, build_pieces
+from rwkv_accel.ops.wkv7.triton_backward import chunk_gradients, scan_pieces_backward
+from rwkv_accel.ops.wkv7.triton_config import Config, Launch, Precision, choose_config, precision, vendor
+from rwkv_accel.ops.wkv7.triton_forward import invert_chunks, join_pieces, scan_pieces
+
+JOIN = Launch(16, 4)
+Launcher = Callable[..., None]
+
+
+def wkv7_triton(
+    r: Tensor,
+    w_log: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    borders: tuple[int, ...] | None,
+) -> tuple[Tensor, Tensor]:
+    """Backend of `wkv7` for checked inputs on a device that Triton compiles for (or under its interpreter).
+
+    r, k, v, a, b are brought to one dtype, strided tensors are copied; w_log and the state are read in fp32.
+    """
+    dtype = reduce(torch.promote_types, (x.dtype for x in (r, k, v, a, b)))
+    narrow = [x.to(dtype).contiguous() for x in (r, k, v, a, b)]
+    wide = [None if x is None else x.float().contiguous() for x in (w_log, state)]
+    setup = choose_setup(r.device, dtype, tuple(r.shape), borders)
+    r, k, v_narrow, a, b = narrow
+    out, final = _TritonWKV7.apply(r, wide[0], k, v_narrow, a, b, wide[1], setup)
+    return out.to(v.dtype), final
+
+
+class Setup(NamedTuple):
+    """Everything about a call that its values do not change."""
+
+    config: Config
+    precision: Precision
+    pieces: Pieces
+
+
+def choose_setup(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], borders: tuple[int, ...] | None
+) -> Setup:
+    batch, num_tokens, heads, size = shape
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    kind = vendor(device)
+    config = choose_config(kind, dtype, size, name)
+    programs = heads * (size // config.scan.block)
+    pieces = build_pieces(batch, num_tokens, borders, config.chunk_size, programs, device)
+    return Setup(config, precision(kind, dtype), pieces)
+
+
+def _launch(kernel: Any, programs: int, launch: Launch, *args: Any, **constants: Any) -> None:
+    """Every kernel starts here, so that a recorder sees exactly what is launched."""
+    kernel[(programs,)](*args, **constants, **launch.options)
+
+
+_launcher: Launcher = _launch
+
+
+@contextmanager
+def recording(record: Launcher) -> Iterator[None]:
+    """Hand launches to `record` instead of running them."""
+    global _launcher
+    _launcher = record
+    try:
+        yield
+    finally:
+        _launcher = _launch
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that a kernel fills: every result and intermediate comes from here."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _on(device: torch.device) -> Any:
+    # Triton launches on the current device, which need not be the tensors'.
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class _TritonWKV7(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        r: Tensor,
+        w_log: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        state: Tensor | None,
+        setup: Setup,
+    ) -> tuple[Tensor, Tensor]:
+        with _on(r.device):
+            kept = any(ctx.needs_input_grad)
+            out, final, extra = run_forward((r, w_log, k, v, a, b), state, setup, kept)
+        ctx.setup = setup
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(r, w_log, k, v, a, b, *extra)
+        return out, final
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        check_first_order("wkv7 (triton)")
+        inputs, extra = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        if d_out is None:
+            d_out = torch.zeros_like(inputs[3])
+        d_final = None if d_final is None else d_final.contiguous()
+        with _on(d_out.device):
+            *grads, d_state = run_backward(inputs, d_out.contiguous(), d_final, extra, ctx.setup)
+        return (*grads, d_state if ctx.needs_input_grad[6] else None, None)
+
+
+def run_forward(
+    inputs: Sequence[Tensor], state: Tensor | None, setup: Setup, kept: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """out, final state, and what the backward pass needs: inverses, U, states, maps of the pieces."""
+    r, w_log, k, v, a, b = inputs
+    config, numbers, pieces = setup
+    heads, size = r.shape[2:]
+    num = config.chunk_size
+    constants = {"N": size, "C": num, "PRECISION": numbers.products}
+    inverse = _empty((pieces.num_chunks, heads, num, num), numbers.kept, r.device)
+    _launcher(
+        invert_chunks,
+        pieces.num_chunks * heads,
+        config.invert,
+        *(w_log, a, b, pieces.chunks_n2, inverse, heads),
+        **constants,
+        INVERSE_PRECISION=numbers.inverse,
+    )
+    slices = size // config.scan.block
+    scanned = {**constants, "V": config.scan.block}
+    maps, start = None, state
+    if pieces.is_cut:
+        maps = _empty((pieces.num_pieces, heads, 2 * size, size), torch.float32, r.device)
+        _launcher(
+            scan_pieces,
+            pieces.num_pieces * heads * 2 * slices,
+            config.scan,
+            *(None, w_log, k, v, a, b, inverse, None, pieces.pieces_P3, None, None, None, maps, heads),
+            **scanned,
+            TRANSITION=True,
+        )
+        start = _join(maps, maps, state, setup, backward=False)
+    out = _empty(v.shape, v.dtype, v.device)
+    u = states = None
+    if kept:
+        u = _empty(v.shape, numbers.kept, v.device)
+        states = _empty((pieces.num_chunks, heads, size, size), numbers.kept, v.device)
+    final = _empty((pieces.num_pieces, heads, size, size), torch.float32, r.device)
+    _launcher(
+        scan_pieces,
+        pieces.num_pieces * heads * slices,
+        config.scan,
+        *(r, w_log, k, v, a, b, inverse, start, pieces.pieces_P3, out, u, states, final, heads),
+        **scanned,
+        TRANSITION=False,
+    )
+    if pieces.is_cut:
+        final = final.index_select(0, pieces.last_S)
+    return out, final, (inverse, u, states, maps)
+
+
+def run_backward(
+    inputs: Sequence[Tensor],
+    d_out: Tensor,
+    d_final: Tensor | None,
+    extra: tuple[Tensor, ...],
+    setup: Setup,
+) -> tuple[Tensor, ...]:
+    """Gradients of r, w_log, k, v, a, b and of the initial state."""
+    r, w_log, k, v, a, b = inputs
+    config, numbers, pieces = setup
+    inverse, u, states, maps = extra
+    heads, size = r.shape[2:]
+    constants = {"N": size, "C": config.chunk_size, "PRECISION": numbers.products}
+    programs = pieces.num_pieces * heads * (size // config.scan_backward.block)
+
+    def scan(d_end: Tensor | None, dz: Tensor | None, d_states: Tensor | None) -> Tensor:
+        d_start = _empty((pieces.num_pieces, heads, size, size), torch.float32, r.device)
+        _launcher(
+            scan_pieces_backward,
+            programs,
+            config.scan_backward,
+            *(r, w_log, a, b, d_out, inverse, d_end, pieces.pieces_P3, dz, d_states, d_start, heads),
+            **constants,
+            V=config.scan_backward.block,
+        )
+        return d_start
+
+    d_end = d_final
+    if maps is not None:
+        d_end = _join(maps, scan(None, None, None), d_final, setup, backward=True)
+    dz, d_states = (_empty(x.shape, x.dtype, x.device) for x in (u, states))
+    d_start = scan(d_end, dz, d_states)
+    grads = [_empty(x.shape, x.dtype, x.device) for x in inputs]
+    _launcher(
+        chunk_gradients,
+        pieces.num_chunks * heads,
+        config.gradients,
+        *(r, w_log, k, v, a, b, d_out, u, dz, states, d_states, pieces.chunks_n2, *grads, heads),
+        **constants,
+        K=config.gradients.block,
+    )
+    if pieces.is_cut:
+        d_start = d_start.index_select(0, pieces.spans_S2[:, 0])
+    return (*grads, d_start)
+
+
+def _join(maps: Tensor, added: Tensor, outer: Tensor | None, setup: Setup, *, backward: bool) -> Tensor:
+    """Where every piece begins, in the direction of the scan."""
+    pieces = setup.pieces
+    heads, _, size = maps.shape[1:]
+    inner = _empty((pieces.num_pieces, heads, size, size), torch.float32, maps.device)
+    _launcher(
+        join_pieces,
+        pieces.num_sequences * heads * (size // JOIN.block),
+        JOIN,
+        *(maps, added, outer, pieces.spans_S2, inner, heads),
+        N=size,
+        V=JOIN.block,
+        MAP_ROWS=2 * size,
+        ADDED_FROM=size,
+        BACKWARD=backward,
+        PRECISION="ieee" if setup.precision.inverse == "ieee" else "tf32x3",
+    )
+    return inner

@@ -1,0 +1,53 @@
+"""Where the kernels write: nothing outside of their results, every value of them, and beyond 2^31 values."""
+
+import pytest
+import torch
+
+from rwkv_accel.ops.wkv7 import triton_op, wkv7
+from tests.kernels.cases.test_wkv7_triton import TOLERANCE, typed
+from tests.unit.ops.wkv7_cases import assert_close, make_inputs, results
+
+GUARD = 4096
+"""Values in front of and behind each piece of memory: more than a chunk's row of any test here."""
+MARK = 12345.0
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Every result and intermediate lies between guard bands and starts as NaN. Yields them, whole."""
+    bands = []
+
+    def empty(shape, dtype, device):
+        count = torch.Size(shape).numel()
+        whole = torch.full((count + 2 * GUARD,), MARK, dtype=dtype, device=device)
+        inside = whole[GUARD:-GUARD].view(shape)
+        inside.fill_(float("nan"))
+        bands.append(whole)
+        return inside
+
+    monkeypatch.setattr(triton_op, "_empty", empty)
+    return bands
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize(
+    ("T", "N", "dtype"), [(1, 64, torch.bfloat16), (45, 32, torch.float32), (33, 128, torch.float16)]
+)
+def test_guard_bands_stay_and_all_within_is_written(T, N, dtype, cut, guarded, device, programs):
+    programs(16 if cut else 1)
+    inputs = typed(make_inputs(1, T, 2, N), dtype, device)
+    found = results(wkv7, inputs, backend="triton")
+    expected = results(wkv7, [x.cpu().double() for x in inputs], backend="reference")
+    assert len(guarded) >= 14
+    for whole in guarded:
+        assert (whole[:GUARD] == torch.tensor(MARK, dtype=whole.dtype)).all()
+        assert (whole[-GUARD:] == torch.tensor(MARK, dtype=whole.dtype)).all()
+        assert not whole[GUARD:-GUARD].isnan().any()
+    assert_close({name: x.cpu() for name, x in found.items()}, expected, TOLERANCE[dtype])
+
+
+def test_inputs_are_left_alone(device):
+    inputs = typed(make_inputs(1, 40, 1, 32), torch.bfloat16, device)
+    before = [x.clone() for x in inputs]
+    results(wkv7, inputs, backend="triton")
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before))

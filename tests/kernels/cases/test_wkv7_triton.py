@@ -1,0 +1,146 @@
+"""The Triton backend against the fp64 reference: output, final state and all seven gradients."""
+
+import pytest
+import torch
+
+from rwkv_accel.ops.wkv7 import triton_op, wkv7
+from tests.unit.ops.wkv7_cases import NAMES, assert_close, make_inputs, results
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def typed(inputs, dtype, device):
+    """As the model calls it: decays and states stay fp32."""
+    return [x.to(device, torch.float32 if i in (1, 6) else dtype) for i, x in enumerate(inputs)]
+
+
+def check(inputs, dtype, device, **kwargs):
+    given = typed(inputs, dtype, device)
+    found = results(wkv7, given, backend="triton", **kwargs)
+    expected = results(wkv7, [x.cpu().double() for x in given], backend="reference", **kwargs)
+    for name, x in found.items():
+        assert x.dtype == (torch.float32 if name in ("final", "w_log", "state") else dtype)
+    found = {name: x.cpu() for name, x in found.items()}
+    assert_close(found, expected, TOLERANCE[dtype])
+    return found
+
+
+@DTYPES
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 130])
+def test_lengths(T, dtype, device):
+    check(make_inputs(1, T, 2, 64), dtype, device)
+
+
+@DTYPES
+@pytest.mark.parametrize("N", [16, 32, 128])
+def test_head_sizes(N, dtype, device):
+    check(make_inputs(2, 37, 1, N), dtype, device)
+
+
+@DTYPES
+def test_near_identical_keys(dtype, device):
+    check(make_inputs(1, 130, 1, 64, hard=True), dtype, device)
+
+
+@DTYPES
+@pytest.mark.parametrize("pattern", ["fastest", "slowest", "chunks", "channels"])
+def test_extreme_decays(pattern, dtype, device):
+    inputs = make_inputs(1, 96, 1, 32)
+    fast, slow = -0.60653, -1e-7
+    w_log = torch.full_like(inputs[1], slow if pattern == "slowest" else fast)
+    if pattern == "chunks":
+        w_log[:, 32:64] = slow
+    elif pattern == "channels":
+        w_log[..., ::2] = slow
+    inputs[1] = w_log
+    check(inputs, dtype, device)
+
+
+@DTYPES
+@pytest.mark.parametrize("lengths", [[33, 32, 31], [1, 1, 1], [5, 70, 16, 2]], ids=str)
+def test_packed_documents(lengths, dtype, device):
+    borders = torch.tensor([0, *lengths]).cumsum(0)
+    check(make_inputs(1, sum(lengths), 1, 32, S=len(lengths)), dtype, device, cu_seqlens=borders)
+
+
+@DTYPES
+@pytest.mark.parametrize("T", [64, 131])
+def test_sequences_cut_into_pieces(T, dtype, device, programs):
+    programs(12)
+    check(make_inputs(1, T, 2, 32), dtype, device)
+
+
+def test_packed_documents_cut_into_pieces(device, programs):
+    programs(9)
+    borders = torch.tensor([0, 20, 23, 113, 130])
+    check(make_inputs(1, 130, 1, 32, S=4), torch.float32, device, cu_seqlens=borders)
+
+
+def test_near_identical_keys_cut_into_pieces(device, programs):
+    programs(8)
+    check(make_inputs(1, 130, 1, 64, hard=True), torch.float32, device)
+
+
+@pytest.mark.parametrize("pieces", [1, 8])
+def test_without_state_and_with_one_result_used(pieces, device, programs):
+    programs(pieces)
+    inputs = typed(make_inputs(1, 50, 1, 16), torch.float32, device)
+    for used in (0, 1):
+        grads = []
+        for backend, given in (("triton", inputs), ("reference", [x.cpu().double() for x in inputs])):
+            leaves = [x.detach().clone().requires_grad_() for x in given[:6]]
+            loss = wkv7(*leaves, backend=backend)[used].square().sum()
+            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            grads.append({name: x.cpu() for name, x in zip(NAMES[2:8], found)})
+        if used:
+            assert not grads[0].pop("r").any()
+            assert not grads[1].pop("r").any()
+        assert_close(*grads, 3e-6)
+
+
+def test_strided_and_mixed_inputs(device):
+    inputs = typed(make_inputs(2, 21, 3, 16), torch.float32, device)
+    plain = results(wkv7, inputs, backend="triton")
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:6]]
+    assert not strided[0].is_contiguous()
+    found = results(wkv7, [*strided, inputs[6]], backend="triton")
+    for name, x in plain.items():
+        assert torch.equal(found[name], x), name
+    # One fp32 input makes all products fp32; every gradient and the output keep their own dtype.
+    mixed = [x.bfloat16() if i in (0, 3) else x for i, x in enumerate(inputs)]
+    found = results(wkv7, mixed, backend="triton")
+    assert {name for name, x in found.items() if x.dtype == torch.bfloat16} == {"out", "r", "v"}
+    expected = results(wkv7, [x.cpu().double() for x in mixed], backend="reference")
+    assert_close({name: x.cpu() for name, x in found.items()}, expected, 2.5e-3)
+    assert_close({"final": found["final"].cpu()}, {"final": expected["final"]}, 3e-6)
+
+
+def test_nothing_is_kept_where_no_gradient_is_asked_for(device, monkeypatch):
+    inputs = typed(make_inputs(1, 40, 2, 16), torch.float32, device)
+    with torch.no_grad():
+        quiet = wkv7(*inputs[:6], state=inputs[6], backend="triton")
+    made = []
+    plain = triton_op._empty
+    monkeypatch.setattr(triton_op, "_empty", lambda shape, *rest: made.append(tuple(shape)) or plain(shape, *rest))
+    with torch.no_grad():
+        wkv7(*inputs[:6], state=inputs[6], backend="triton")
+    assert sorted(made) == [(1, 2, 16, 16), (1, 40, 2, 16), (3, 2, 16, 16)]  # final state, out, inverses
+    leaves = [x.requires_grad_() for x in inputs]
+    loud = wkv7(*leaves[:6], state=leaves[6], backend="triton")
+    assert torch.equal(quiet[0], loud[0])
+    assert torch.equal(quiet[1], loud[1])
+
+
+def test_second_derivative_is_refused(device):
+    inputs = [x.requires_grad_() for x in typed(make_inputs(1, 5, 1, 16), torch.float32, device)]
+    out, _ = wkv7(*inputs[:6], backend="triton")
+    with pytest.raises(RuntimeError, match=r"wkv7 \(triton\) can be differentiated once"):
+        torch.autograd.grad(out.sum(), inputs[0], create_graph=True)
+
+
+def test_repeated_calls_give_the_same_bits(device):
+    inputs = typed(make_inputs(2, 70, 2, 32), torch.bfloat16, device)
+    first, second = (results(wkv7, inputs, backend="triton") for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(second[name], x), name

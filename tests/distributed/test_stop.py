@@ -28,7 +28,7 @@ def work(tmp_path_factory):
     return folder
 
 
-def run(work, name, config, world, stop=None, data=None):
+def run(work, name, config, world, stop=None, data=None, checkpoint=None):
     tree = {
         "out_dir": str(work / name),
         "model": {"path": str(work / "base.pth")},
@@ -44,6 +44,7 @@ def run(work, name, config, world, stop=None, data=None):
             "plateau_factor": 0.5, "plateau_patience": 0, "plateau_threshold": 0.2,
         },
         "samples": {"prompts": ["the river"], "every_n_steps": 3, "max_new_tokens": 8, "temperature": 1.0},
+        "checkpoint": checkpoint or {},
         "tracking": {"progress": "none"},
     }  # fmt: skip
     path = write_recipe(work / f"{name}.yaml", tree)
@@ -93,7 +94,7 @@ def test_stop_while_tokenising_leaves_nothing_behind(work):
 
 def test_second_signal_while_saving_ends_at_once_and_spoils_nothing(work, undisturbed):
     with pytest.raises(AssertionError, match=r"exit codes \[143\]"):
-        run(work, "twice", "cpu", 1, ("train", 8, 0, "twice"))
+        run(work, "twice", "cpu", 1, ("train", 8, 0, "twice"), checkpoint={"background": False})
     checkpoints = sorted(p.name for p in (work / "twice" / "checkpoints").iterdir())
     assert "INTERRUPTED" not in checkpoints
     assert "step-00000003" in checkpoints

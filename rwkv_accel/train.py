@@ -26,7 +26,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="check recipe, data, checkpoint and targets, print the plan, and stop",
     )
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # overrides may follow the options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,7 +40,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     convert.add_argument("target", type=Path, help="file to write; its suffix says the kind")
     for command in (preview, lint, stats, convert):
         command.add_argument("overrides", nargs="*", metavar="data.key=value", help="values that replace the recipe's")
-    return parser.parse_args(argv)
+    # Overrides may follow the options, where argparse takes them for something unknown.
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [argument for argument in rest if argument.startswith("-") or "=" not in argument]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides += rest
+    if args.command == "convert" and "=" in args.target.name:
+        parser.error(f"convert needs the file to write before {args.target}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,10 @@ CONVERSATIONS, TOKENS = "conversations", "input_ids"
 PAIRS = (("prompt", "completion"), ("prompt", "response"))
 
 
+class WrongColumns(UserError):
+    """The record is sound, but the recipe names other columns."""
+
+
 @dataclass
 class ReadReport:
     """What was left out while reading."""
@@ -73,7 +77,8 @@ class DocumentReader:
                 yield self.document(record.place, record.fields)
             except UserError as error:
                 if self._data.on_bad_line == "stop":
-                    raise UserError(f"{record.place}: {error}; {REMEDY}") from None
+                    remedy = "" if isinstance(error, WrongColumns) else f"; {REMEDY}"
+                    raise UserError(f"{record.place}: {error}{remedy}") from None
                 report.skip(f"{record.place}: {error}")
 
     def document(self, place: str, fields: Mapping[str, Any]) -> Document:
@@ -97,10 +102,9 @@ class DocumentReader:
         for prompt, response in PAIRS:
             if fields.get(prompt) is not None and response in fields:
                 return self._pair(fields, prompt, response)
-        raise UserError(
+        raise WrongColumns(
             f"no column {data.text_column!r} or {data.messages_column!r}, and no known pair; the columns are "
-            f"{_names(fields)}: set data.text_column, data.messages_column, or data.prompt_column with "
-            "data.response_column"
+            f"{_names(fields)}: {_which_keys(fields)}"
         )
 
     def _conversation(self, fields: Mapping[str, Any], name: str) -> list[Span]:
@@ -152,7 +156,7 @@ def _integers(fields: Mapping[str, Any], name: str) -> list[int]:
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
     if name not in fields:
-        raise UserError(f"no column {name!r}; the columns are {_names(fields)}")
+        raise WrongColumns(f"no column {name!r}; the columns are {_names(fields)}")
     value = fields[name]
     if isinstance(value, bytes):
         try:
@@ -162,6 +166,20 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"column {name!r} must hold text, got {type(value).__name__}")
     return value
+
+
+def _which_keys(fields: Mapping[str, Any]) -> str:
+    """The keys of the recipe that could name these columns, ready to be copied where the columns tell."""
+    texts = [name for name, value in fields.items() if isinstance(value, str)]
+    lists = [name for name, value in fields.items() if isinstance(value, list)]
+    if lists:
+        return f"set data.messages_column={lists[0]} if that holds the turns, or data.text_column"
+    if len(texts) == 1:
+        return f"set data.text_column={texts[0]}"
+    if len(texts) > 1:
+        pair = f"data.prompt_column={texts[0]} data.response_column={texts[1]}"
+        return f"set {pair} if these are question and reply, or data.text_column"
+    return "set data.text_column, data.messages_column, or data.prompt_column with data.response_column"
 
 
 def _names(fields: Mapping[str, Any]) -> str:

@@ -28,6 +28,8 @@ def preview_text(documents: Iterable[Document], tokenizer: Tokenizer, *, colour:
     for document in documents:
         body = _coloured(document, tokenizer) if colour else _bracketed(document, tokenizer)
         yield f"{_heading(document)}\n{body}\n"
+    target = f"{TARGET_SHADES[0]}green{RESET} and {TARGET_SHADES[1]}cyan{RESET}" if colour else "⟦ ⟧"
+    yield f"{target}: what the loss counts"
 
 
 def preview_html(documents: Iterable[Document], tokenizer: Tokenizer) -> str:

@@ -146,3 +146,10 @@ def test_a_stream_has_no_epochs(overrides, problem):
     assert problem in str(caught.value)
     assert load_config(None, [*base, "data.max_documents=9", *overrides[1:]]).data.streaming
     assert load_config(None, [*base, "trainer.max_steps=9", "eval.path=v.jsonl", "eval.every_n_steps=5"])
+
+
+def test_overrides_may_follow_options(capsys):
+    from rwkv_accel.train import main
+
+    assert main(["launch/recipes/demo.yaml", "--print-config", "trainer.max_epochs=3"]) == 0
+    assert "max_epochs: 3" in capsys.readouterr().out

@@ -25,7 +25,8 @@ def run(capsys, *argv):
 def test_preview_brackets_the_targets(capsys, write_jsonl):
     path = write_jsonl([{"text": "skipped"}, CHAT, {"text": "\x1b[31m"}])
     code, out, _ = run(capsys, "preview", path, BYTE, "--skip", 1, "-n", 1)
-    assert (code, out) == (0, f"{path}:2: 24 tokens, 5 targets\nUser: q\n\nAssistant:⟦ aé<end of text>⟧\n\n")
+    block = f"{path}:2: 24 tokens, 5 targets\nUser: q\n\nAssistant:⟦ aé<end of text>⟧\n\n"
+    assert (code, out) == (0, f"{block}⟦ ⟧: what the loss counts\n")
     out = run(capsys, "preview", path, "--skip", 1, "-n", 1)[1]
     assert "Assistant:⟦ aé<end of text>⟧" in out
     assert "\x1b" not in run(capsys, "preview", path, "--skip", 2)[1]
@@ -166,6 +167,34 @@ def test_mistakes_are_one_line(capsys, tmp_path):
     code, out, err = run(capsys, "preview", tmp_path / "absent.jsonl")
     assert (code, out, err) == (2, "", f"error: data.path {tmp_path}/absent.jsonl does not exist\n")
     assert "unknown key data.ctxlen; did you mean data.ctx_len?" in run(capsys, "stats", "x.jsonl", "data.ctxlen=3")[2]
+
+
+def test_overrides_may_follow_options(capsys, write_jsonl, tmp_path):
+    path = write_jsonl([{"q": "q", "a": "aé"}])
+    columns = ("data.prompt_column=q", "data.response_column=a")
+    assert "Assistant:⟦ aé<end of text>⟧" in run(capsys, "preview", path, "-n", 1, *columns)[1]
+    with pytest.raises(SystemExit):
+        run(capsys, "preview", path, "-n", 1, "--colour=never", *columns)
+    assert "unrecognized arguments: --colour=never" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(capsys, "convert", path, *columns)
+    assert "convert needs the file to write before data.prompt_column=q" in capsys.readouterr().err
+
+
+def test_unknown_columns_are_named_with_the_keys_to_set(capsys, write_jsonl):
+    err = run(capsys, "preview", write_jsonl([{"question": "q", "answer": "a"}]))[2]
+    assert "set data.prompt_column=question data.response_column=answer if these are question and reply" in err
+    assert "on_bad_line" not in err, "skipping would leave nothing"
+    assert "set data.text_column=body\n" in run(capsys, "preview", write_jsonl([{"body": "q", "id": 1}]))[2]
+    assert "data.messages_column=chat" in run(capsys, "preview", write_jsonl([{"chat": [], "id": "1"}]))[2]
+
+
+def test_streams_are_previewed_and_counted_only_in_part(capsys, write_jsonl):
+    path = write_jsonl([CHAT] * 9)
+    assert run(capsys, "preview", path, "data.streaming=true")[0] == 0
+    assert "a stream may have no end: set data.max_documents" in run(capsys, "stats", path, "data.streaming=true")[2]
+    out = run(capsys, "stats", path, "data.streaming=true", "data.max_documents=4")[1]
+    assert out.startswith("4 documents")
 
 
 def test_closed_pipe_is_silent(write_jsonl):

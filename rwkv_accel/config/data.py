@@ -75,6 +75,11 @@ class DataConfig(Strict):
     and settings. None: tokenise at every start, in every process."""
 
     @property
+    def shown_path(self) -> str:
+        """The path or paths in a message."""
+        return self.path if isinstance(self.path, str) else ", ".join(self.path)
+
+    @property
     def is_endless(self) -> bool:
         """Whether the data is read while training, without a number of rows."""
         return self.streaming and self.max_documents is None

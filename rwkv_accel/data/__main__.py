@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from rwkv_accel.config.load import load_config
@@ -85,15 +85,19 @@ def run_preview(args: argparse.Namespace, config: RunConfig) -> int:
     tokenizer = build_tokenizer(config.data.tokenizer)
     documents = read_documents(config.data, tokenizer, ReadReport())
     chosen = islice(documents, args.skip, args.skip + args.num_documents)
+    first = next(chosen, None)
+    if first is None:
+        raise UserError(f"data.path {config.data.shown_path} holds no documents{' after these' if args.skip else ''}")
+    shown = chain([first], chosen)
     if args.html:
         try:
-            args.html.write_text(preview_html(chosen, tokenizer), encoding="utf-8")
+            args.html.write_text(preview_html(shown, tokenizer), encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {args.html}: {error.strerror}") from None
         write_lines([f"written to {args.html}"])
         return 0
     colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
-    write_lines(preview_text(chosen, tokenizer, colour=colour))
+    write_lines(preview_text(shown, tokenizer, colour=colour))
     return 0
 
 

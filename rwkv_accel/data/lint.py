@@ -13,6 +13,7 @@ from rwkv_accel.data.corpus import read_documents
 from rwkv_accel.data.documents import Document, ReadReport
 from rwkv_accel.data.template import TURN_END
 from rwkv_accel.data.tokenizer import Tokenizer
+from rwkv_accel.errors import UserError
 
 # Name -> (explanation, whether it is an error).
 KINDS = {
@@ -37,7 +38,11 @@ class Finding:
 
 
 def lint(data: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, dict[str, Finding]]:
-    """(documents read, findings by name of KINDS, only those that occur). Broken records are counted, not raised."""
+    """(documents read, findings by name of KINDS, only those that occur). Broken records are counted, not raised.
+
+    Raises:
+        UserError: there is nothing to read.
+    """
     report, findings, seen = ReadReport(), {kind: Finding() for kind in KINDS}, set()
     num_documents = 0
     for document in read_documents(data.model_copy(update={"on_bad_line": "skip"}), tokenizer, report):
@@ -49,6 +54,8 @@ def lint(data: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, 
         for kind in kinds:
             findings[kind].count += 1
             findings[kind].first = findings[kind].first or document.place
+    if not num_documents and not report.num_skipped:
+        raise UserError(f"data.path {data.shown_path} holds no documents")
     findings["broken"] = Finding(report.num_skipped, report.first_skipped)
     return num_documents, {kind: finding for kind, finding in findings.items() if finding.count}
 

@@ -206,7 +206,7 @@ def build_train_loader(
         sources = planned = [plan_corpus(corpus, data, first, subset) for corpus in corpora]
         if not all(rows.num_rows for rows in planned):
             raise UserError(
-                f"data.path {_shown(data)}: no document of it has a target within data.ctx_len {data.ctx_len}; "
+                f"data.path {data.shown_path}: no document of it has a target within data.ctx_len {data.ctx_len}; "
                 "raise data.ctx_len or set data.overlong=split"
             )
         order = _order(planned, data, trainer, micro_batches * trainer.micro_batch_size * world_size)
@@ -293,11 +293,7 @@ def _skipped(report: ReadReport) -> list[str]:
 
 def _describe_stream(stream: StreamRows, tokenizer: Tokenizer, data: DataConfig, vocab_size: int) -> list[str]:
     rows = stream.first_block().rows
-    corpus = Corpus(_shown(data), rows.store, stream.report, None)
+    corpus = Corpus(data.shown_path, rows.store, stream.report, None)
     _check(corpus, tokenizer, vocab_size)
     first, *rest = _describe([corpus], [rows], data, FileOrder(rows.num_rows))
     return [f"data: a stream, read {data.stream_block:,} documents at a time; this is the first block", first, *rest]
-
-
-def _shown(data: DataConfig) -> str:
-    return data.path if isinstance(data.path, str) else ", ".join(data.path)

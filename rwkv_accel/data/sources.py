@@ -150,7 +150,7 @@ def parse_line(path: str, number: int, line: bytes) -> Record | None:
     except UnicodeDecodeError as error:
         return Record(place, None, f"not UTF-8 (byte {line[error.start]:#04x} at {error.start})")
     except json.JSONDecodeError as error:
-        return Record(place, None, f"not JSON ({error.msg} at column {error.colno})")
+        return Record(place, None, f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})")
     except RecursionError:
         return Record(place, None, "JSON nested too deeply")
     if not isinstance(fields, dict):
@@ -189,6 +189,8 @@ def open_table(source: Source, data: DataConfig) -> Any:
     """The data set of `datasets` behind a hub name, a saved folder or a table; iterable, perhaps streaming."""
     import datasets
 
+    # What it logs before it raises is said once more, in our words, by `blame`.
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     if source.kind == "folder":
         table = datasets.load_from_disk(source.path)
     elif source.kind == "hub":

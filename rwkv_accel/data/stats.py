@@ -10,6 +10,7 @@ from rwkv_accel.config.schema import DataConfig, TrainerConfig
 from rwkv_accel.data.corpus import Corpus, open_corpora
 from rwkv_accel.data.packing import plan_rows
 from rwkv_accel.data.tokenizer import Tokenizer
+from rwkv_accel.errors import UserError
 
 BAR_WIDTH = 48
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -21,8 +22,7 @@ def stats_lines(data: DataConfig, trainer: TrainerConfig, tokenizer: Tokenizer, 
     lengths = np.concatenate([np.diff(corpus.store.offsets) for corpus in corpora])
     tokens, targets = int(lengths.sum()), sum(corpus.store.total_targets for corpus in corpora)
     if not len(lengths):
-        yield "0 documents"
-        return
+        raise UserError(f"data.path {data.shown_path} holds no documents")
     yield f"{len(lengths):,} documents, {tokens:,} tokens per epoch, {targets:,} of them targets"
     quantiles = np.quantile(lengths, (0, 0.5, 0.9, 0.99, 1)).astype(int).tolist()
     yield "length in tokens: " + ", ".join(

@@ -197,6 +197,26 @@ def test_streams_are_previewed_and_counted_only_in_part(capsys, write_jsonl):
     assert out.startswith("4 documents")
 
 
+@pytest.mark.parametrize("command", ["preview", "lint", "stats"])
+def test_an_empty_file_is_a_mistake(capsys, tmp_path, command):
+    (tmp_path / "d.jsonl").write_text("\n")
+    code, out, err = run(capsys, command, tmp_path / "d.jsonl")
+    assert (code, out, err) == (2, "", f"error: data.path {tmp_path}/d.jsonl holds no documents\n")
+
+
+def test_preview_beyond_the_end(capsys, write_jsonl):
+    assert "holds no documents after these" in run(capsys, "preview", write_jsonl([CHAT]), "--skip", 1)[2]
+
+
+def test_libraries_do_not_speak_before_the_error(tmp_path):
+    (tmp_path / "d.parquet").write_bytes(b"")
+    command = [sys.executable, "-m", "rwkv_accel.data", "preview", str(tmp_path / "d.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: data.path ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_closed_pipe_is_silent(write_jsonl):
     path = write_jsonl([{"text": "x" * 1000}] * 200)
     command = f"{sys.executable} -m rwkv_accel.data preview {path} {BYTE} -n 200 | head -n 1"

@@ -185,7 +185,7 @@ def agree_on_minutes(job):
     seen = []
     for main_minutes, other_minutes in ((0, 99), (9, 99), (10, 0), (10, 0)):
         minutes = main_minutes if accelerator.is_main_process else other_minutes
-        assert not stop.agreed(accelerator)
+        assert not stop.agreed()
         seen.append(stop.cadence.due(1))
         if seen[-1]:
             stop.cadence.restart()

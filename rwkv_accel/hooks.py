@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rwkv_accel.checkpoint import CheckpointWriter, SaveCadence, save_checkpoint
+from rwkv_accel.checkpoint.run_lock import RunLock
 from rwkv_accel.checkpoint.weights import BEST_DIR, WEIGHTS_DIR, save_weights
 from rwkv_accel.config.schema import OptimConfig, RunConfig
 from rwkv_accel.data.loader import TrainLoader
@@ -73,6 +74,8 @@ class Run:
     identity: dict[str, Any]
     """The resolved recipe with the rows per update filled in: what a resume is compared with."""
     loader: TrainLoader
+    lock: RunLock
+    """Keeps other runs out of the folder."""
     pending: list[tuple[StepStats, float, float]] = field(default_factory=list)
     """Stats, learning rate and weight decay of the updates whose scalars are still on the device."""
     unlogged: list[list[float]] = field(default_factory=list)
@@ -207,6 +210,7 @@ def on_interrupt(state: TrainState, run: Run) -> NoReturn:
     why = run.stop.reason or "another process"
     run.log.message(f"stopped by {why} after step {state.step}, saved; start the same command again to continue")
     run.log.close()
+    run.lock.release()
     raise SystemExit(EXIT_STOPPED)
 
 
@@ -252,6 +256,7 @@ def on_train_end(state: TrainState, run: Run) -> None:
     if state.sampled_step != state.step:
         on_samples(state, run)
     run.log.close()
+    run.lock.release()
     run.accelerator.wait_for_everyone()
 
 

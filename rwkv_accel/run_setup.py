@@ -22,6 +22,7 @@ from rwkv_accel.checkpoint import (
 )
 from rwkv_accel.checkpoint.collective import on_main, once_per_node
 from rwkv_accel.checkpoint.portable import read_extra_tensors
+from rwkv_accel.checkpoint.run_lock import lock_run_folder
 from rwkv_accel.checkpoint.weights import INIT_FILE, RUN_FILE, base_checkpoint
 from rwkv_accel.config.load import dump_config
 from rwkv_accel.config.schema import DataConfig, ModelConfig, RunConfig, TrainerConfig
@@ -56,6 +57,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     trainer = config.trainer
     accelerator = build_accelerator(trainer, trainer.micro_batches(world_size()))
     check_offload(accelerator, config.optim.optimizer)
+    lock = lock_run_folder(accelerator, config.out_dir)
     resume_from = find_resume_on_all(accelerator, config.out_dir, config.checkpoint.resume)
     saved = read_state(resume_from) if resume_from else None
     on_main(accelerator, lambda: prepare_out_dir(config))
@@ -90,7 +92,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         config,
         is_main=accelerator.is_main_process,
         total_steps=total_steps,
-        resume_step=state.step,
+        resume_step=state.step if saved else None,
         device=accelerator.device,
     )
     log.message(loader.describe())
@@ -110,6 +112,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         token_lengths=token_lengths(build_tokenizer(config.data.tokenizer), model_shape(config).vocab_size),
         identity=identity,
         loader=loader,
+        lock=lock,
     )
     if saved:
         loader.load_state_dict(saved["extra"].get("data"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 import sys
 import zlib
 from datetime import timedelta
@@ -59,6 +60,32 @@ def fail(error: UserError) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
     return EXIT_USER_ERROR
+
+
+def end_with_launcher() -> None:
+    """Ask the kernel for a SIGTERM when the launcher of this process dies, so that no trainer is left behind by itself.
+
+    `kill -9` of a launcher, and with `accelerate launch` of one process any signal to it, ends the launcher alone. A
+    trainer left behind would train on, unseen, in a folder where the same command is soon started again. As for any
+    SIGTERM, the trainer saves. Not for a process that a shell started: that may outlive its shell (nohup).
+    """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not launched or sys.platform != "linux":
+        return
+    import ctypes
+
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() == 1 and not _is_launcher(1):
+        raise SystemExit(EXIT_STOPPED)  # it died before
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
+    return b"launch" in command or b"torchrun" in command or b"torch.distributed.run" in command
 
 
 def set_environment_defaults() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rwkv_accel.config.load import dump_config, load_config
 from rwkv_accel.errors import UserError
-from rwkv_accel.runtime import fail, is_main_process, set_environment_defaults
+from rwkv_accel.runtime import end_with_launcher, fail, is_main_process, set_environment_defaults
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,6 +31,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    end_with_launcher()
     try:
         config = load_config(args.recipe, args.overrides)
         if args.print_config:

@@ -3,6 +3,7 @@
 format.py      the folder on disk: written whole or not at all, checked before it is trusted
 strategy.py    trained parameters and moments by name, out of and into a prepared model
 layouts.py     where they lie under one process, DDP and FSDP2; zero.py: under DeepSpeed's ZeRO
+run_lock.py    one run writes into a folder at a time
 resume.py      which checkpoint a new start takes, and whether the recipe fits it
 cadence.py     when one is due
 writer.py      the thread that writes them

@@ -12,6 +12,7 @@ write: valid again at once after each write, and repaired at the next start if t
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -32,11 +33,12 @@ class LossJson:
         Reads the file once; what is left of a torn write is dropped and counted in `num_damaged`.
         """
         self.num_damaged = 0
+        self.num_records = 0
+        self._copies: list[_Copy] = []
+        self._missed = b""
         self._path, self._link = path, path.with_name(f".{path.name}.link")
         self._names = [path.with_name(f".{path.name}.{k}") for k in (0, 1)]
-        self._is_empty = True
-        self._missed = b""
-        self._build(resume_step)
+        self._build(self._kept_lines(resume_step))
 
     @property
     def has_two_copies(self) -> bool:
@@ -46,8 +48,7 @@ class LossJson:
     def append(self, record: dict[str, Any]) -> None:
         """Add one record. Cost does not depend on the length of the file. NaN and infinities become null."""
         text = json.dumps(json_ready(record), allow_nan=False).encode()
-        entry = (b"\n" if self._is_empty else b",\n") + text
-        self._is_empty = False
+        entry = self._entry(text)
         if not self.has_two_copies:
             self._copies[0].extend(entry)
             return
@@ -57,6 +58,14 @@ class LossJson:
         self._missed = entry
         self._publish()
 
+    def keep_first(self, count: int) -> None:
+        """Drop all records after the first `count`: they came after the checkpoint that the run goes on from."""
+        if count >= self.num_records:
+            return
+        for copy in self._copies:
+            copy.close()
+        self._build(itertools.islice(self._kept_lines(), count))
+
     def close(self) -> None:
         """Leave the visible file alone in the folder."""
         for copy in self._copies:
@@ -64,14 +73,18 @@ class LossJson:
         for name in [*self._names, self._link]:
             name.unlink(missing_ok=True)
 
-    def _build(self, resume_step: int) -> None:
+    def _entry(self, line: bytes) -> bytes:
+        self.num_records += 1
+        return (b"\n" if self.num_records == 1 else b",\n") + line
+
+    def _build(self, lines: Iterator[bytes]) -> None:
         # The kept records are written anew: nothing depends on what a killed writer left beside the file.
         for name in [*self._names, self._link]:
             name.unlink(missing_ok=True)
+        self.num_records, self._missed = 0, b""
         first = _Copy(self._names[0])
-        for line in self._kept_lines(resume_step):
-            first.write((b"\n" if self._is_empty else b",\n") + line)
-            self._is_empty = False
+        for line in lines:
+            first.write(self._entry(line))
         first.finish()
         try:
             os.link(self._names[0], self._link)
@@ -86,7 +99,7 @@ class LossJson:
         os.link(self._names[0], self._link)
         os.replace(self._link, self._path)
 
-    def _kept_lines(self, resume_step: int) -> Iterator[bytes]:
+    def _kept_lines(self, resume_step: int | None = None) -> Iterator[bytes]:
         if not self._path.exists():
             return
         with open(self._path, "rb") as file:
@@ -97,7 +110,7 @@ class LossJson:
                 record = _parse(line)
                 if record is None:
                     self.num_damaged += 1
-                elif record["step"] <= resume_step:
+                elif resume_step is None or record["step"] <= resume_step:
                     yield line
 
 

@@ -34,8 +34,12 @@ class RunLog:
     """The log of a rank that does not speak: takes every call and does nothing. `open` gives the main one its own."""
 
     @staticmethod
-    def open(config: RunConfig, *, is_main: bool, total_steps: int, resume_step: int, device: Any) -> RunLog:
-        """Start logging into config.out_dir. On a resume, records after resume_step are dropped. Not collective.
+    def open(config: RunConfig, *, is_main: bool, total_steps: int, resume_step: int | None, device: Any) -> RunLog:
+        """Start logging into config.out_dir. Not collective.
+
+        Args:
+            resume_step: records after it are dropped, and `restore` is called next. None: a fresh start, which drops
+                the records of an attempt that died before its first checkpoint.
 
         Raises:
             UserError: a tracker's package or key is missing, or the folder cannot be written.
@@ -83,7 +87,7 @@ class MainRunLog(RunLog):
         self,
         config: RunConfig,
         total_steps: int,
-        resume_step: int,
+        resume_step: int | None,
         device: Any,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -92,6 +96,8 @@ class MainRunLog(RunLog):
         wandb_mode, why_offline = check_trackers(config.tracking)
         self._wandb_mode = wandb_mode
         self._config, self._device, self._clock = config, device, clock
+        keep_until = -1 if resume_step is None else resume_step
+        resume_step = resume_step or 0
         self._total_steps, self._resume_step = total_steps, resume_step
         self._out_dir = Path(config.out_dir)
         self._trackers: Trackers | None = None
@@ -102,13 +108,14 @@ class MainRunLog(RunLog):
             "last_lr": 0.0,
             "wall_seconds": 0.0,
             "wandb_run_id": None,
+            "num_records": [0, 0, 0],
         }
         with self._writing():
             dump = config.model_dump(mode="json")
             self._train_log = TrainLog(self._out_dir / TRAIN_LOG_FILE, dump, resume_step, now)
-            self._loss_json = LossJson(self._out_dir / LOSS_FILE, resume_step)
-            self._eval_json = LossJson(self._out_dir / EVAL_FILE, resume_step)
-            self._samples_json = LossJson(self._out_dir / SAMPLES_FILE, resume_step)
+            self._loss_json = LossJson(self._out_dir / LOSS_FILE, keep_until)
+            self._eval_json = LossJson(self._out_dir / EVAL_FILE, keep_until)
+            self._samples_json = LossJson(self._out_dir / SAMPLES_FILE, keep_until)
         self._progress = Progress(config.tracking.progress, total_steps, resume_step, clock=clock)
         self._meter = Meter(clock)
         if why_offline:
@@ -182,22 +189,29 @@ class MainRunLog(RunLog):
         return self._meter.pause()
 
     def state(self) -> dict[str, Any]:
-        return {**self._state, "wall_seconds": self._meter.wall_seconds()}
+        num_records = [file.num_records for file in self._files()]
+        return {**self._state, "num_records": num_records, "wall_seconds": self._meter.wall_seconds()}
 
     def restore(self, saved: dict[str, Any]) -> None:
         assert self._trackers is None, "restore comes before the first step"
         assert set(saved) == set(self._state), f"log state holds {sorted(saved)}, expected {sorted(self._state)}"
         self._state = dict(saved)
+        with self._writing():
+            # Records of the checkpoint's own step, too, when they came after it: they will come again.
+            for file, count in zip(self._files(), saved["num_records"]):
+                file.keep_first(count)
         self._meter = Meter(self._clock, saved["wall_seconds"])
 
     def close(self) -> None:
         self._progress.close()
         if self._trackers is not None:
             self._trackers.close()
-        self._loss_json.close()
-        self._eval_json.close()
-        self._samples_json.close()
+        for file in self._files():
+            file.close()
         self._train_log.close()
+
+    def _files(self) -> list[LossJson]:
+        return [self._loss_json, self._eval_json, self._samples_json]
 
     def _open_trackers(self) -> Trackers:
         # At the first record, not at the start: by then a resumed run has its wandb id back.

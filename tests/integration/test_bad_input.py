@@ -73,7 +73,7 @@ def test_one_clear_line(work, case):
     for needle in needles:
         assert needle in errors[0]
     left = {p.name for p in work.glob(f"out-{case.replace(' ', '-')}/**/*") if p.is_file()}
-    assert left <= {"run.yaml", "environment.json", "train_log.txt", "loss_data.json"}, left
+    assert left <= {".lock", "run.yaml", "environment.json", "train_log.txt", "loss_data.json"}, left
 
 
 def test_skipping_broken_lines_is_a_choice_and_is_reported(work):

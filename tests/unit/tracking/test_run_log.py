@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from rwkv_accel.errors import UserError
+from rwkv_accel.evaluation import EvalResult
 from rwkv_accel.tracking import TIME_FIELDS, RunLog, StepRecord
 from rwkv_accel.tracking.run_log import MainRunLog
 
@@ -113,6 +114,31 @@ def test_killed_and_resumed_records_equal_the_undisturbed_ones(open_log, clock, 
     last_of_epoch = {columns[0]: columns[:4] for columns in epoch_lines(tmp_path)}
     assert list(last_of_epoch.values()) == [columns[:4] for columns in lines]
     assert records(tmp_path)[-1]["wall_seconds"] == pytest.approx(3 * saved_at + 2 * (TOTAL - saved_at))
+
+
+def test_records_after_the_checkpoint_of_their_step_are_written_again_not_twice(open_log, tmp_path):
+    result = EvalResult("validation", 100.0, 50, 200)
+    log = open_log()
+    log.log_eval(0, 0, result)
+    log.log_step(step_record(1))
+    checkpoint = log.state()
+    log.log_step(step_record(1))  # what was not logged yet at the end of an epoch
+    log.log_eval(1, 1, result)
+    log.log_samples(1, 1, [{"prompt": "a", "text": "b", "stopped": True}])
+    log = open_log(resume_step=1)
+    log.restore(checkpoint)
+    log.log_eval(1, 1, result)
+    log.close()
+    assert [r["step"] for r in records(tmp_path)] == [1]
+    assert [r["step"] for r in json.loads((tmp_path / "eval_data.json").read_text())] == [0, 1]
+    assert json.loads((tmp_path / "samples.json").read_text()) == []
+
+
+def test_fresh_start_drops_what_an_attempt_without_a_checkpoint_left(open_log, tmp_path):
+    log = open_log()
+    log.log_eval(0, 0, EvalResult("validation", 100.0, 50, 200))
+    open_log(resume_step=None).close()
+    assert json.loads((tmp_path / "eval_data.json").read_text()) == []
 
 
 def test_nan_step_is_null_and_leaves_the_smoothed_loss(open_log, tmp_path):

@@ -7,7 +7,7 @@ on_samples       at its cadence and at the end: answers to the recipe's prompts
 on_epoch_end     after an epoch: the PEFT-only (or full) save
 on_checkpoint    at its cadence: everything a new start needs to go on
 on_interrupt     when a signal asked to stop: the same under the name INTERRUPTED, then out
-on_train_end     after the last update: the last save and the last answers
+on_train_end     after the last update: the last save, the last answers and report.html
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from rwkv_accel.config.schema import OptimConfig, RunConfig
 from rwkv_accel.data.loader import TrainLoader
 from rwkv_accel.data.template import TURN_END, chat_prompt
 from rwkv_accel.data.tokenizer import build_tokenizer
+from rwkv_accel.errors import UserError
 from rwkv_accel.evaluation import EvalResult, evaluate
 from rwkv_accel.generation.engine import TextGenerator
 from rwkv_accel.interrupt import Stopped, StopRequest, generator_states, set_generator_states
 from rwkv_accel.peft.apply import adapter_buffers
+from rwkv_accel.report import REPORT_FILE, write_report
 from rwkv_accel.runtime import EXIT_STOPPED, requeue_file, started_file, unwrap
 from rwkv_accel.schedules import lr_at, wd_at
 from rwkv_accel.state import TrainState
@@ -255,9 +257,21 @@ def on_train_end(state: TrainState, run: Run) -> None:
     run.stop.release()
     if state.sampled_step != state.step:
         on_samples(state, run)
+    run.log.message(f"finished after step {state.step}")
+    if run.accelerator.is_main_process:
+        report(run)
     run.log.close()
     run.lock.release()
     run.accelerator.wait_for_everyone()
+
+
+def report(run: Run) -> None:
+    """Write report.html. A run that has ended well does not fail for want of it."""
+    out_dir = Path(run.config.out_dir)
+    try:
+        run.log.message(f"report: {write_report([out_dir], out_dir / REPORT_FILE)}")
+    except UserError as error:
+        run.log.message(f"report: {error}")
 
 
 def save_latest(state: TrainState, run: Run, name: str) -> None:

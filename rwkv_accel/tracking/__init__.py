@@ -2,9 +2,28 @@
 
 RunLog       the one object that the loop calls, on every rank
 StepRecord   the numbers of one logged step; TIME_FIELDS are those that a resumed run does not reproduce
+*_FILE       names of what a run leaves in its folder
 """
 
 from rwkv_accel.tracking.record import TIME_FIELDS, StepRecord
-from rwkv_accel.tracking.run_log import LOSS_FILE, TRAIN_LOG_FILE, RunLog
+from rwkv_accel.tracking.run_log import (
+    ENVIRONMENT_FILE,
+    EVAL_FILE,
+    LOSS_FILE,
+    RUN_FILE,
+    SAMPLES_FILE,
+    TRAIN_LOG_FILE,
+    RunLog,
+)
 
-__all__ = ["LOSS_FILE", "TIME_FIELDS", "TRAIN_LOG_FILE", "RunLog", "StepRecord"]
+__all__ = [
+    "ENVIRONMENT_FILE",
+    "EVAL_FILE",
+    "LOSS_FILE",
+    "RUN_FILE",
+    "SAMPLES_FILE",
+    "TIME_FIELDS",
+    "TRAIN_LOG_FILE",
+    "RunLog",
+    "StepRecord",
+]

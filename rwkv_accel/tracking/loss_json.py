@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,7 @@ class LossJson:
         if not self._path.exists():
             return
         with open(self._path, "rb") as file:
-            for raw in file:
-                line = raw.strip().rstrip(b",]")  # a torn write may have left `},]`
-                if line in (b"", b"["):
-                    continue
-                record = _parse(line)
+            for line, record in _lines(file):
                 if record is None:
                     self.num_damaged += 1
                 elif resume_step is None or record["step"] <= resume_step:
@@ -153,6 +149,27 @@ class _Copy:
         _write_at(self._fd, bytes(self._buffer), self._end)
         self._end += len(self._buffer)
         self._buffer.clear()
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """(records, damaged ones that were left out) of a file that LossJson wrote, also while it is being written.
+
+    A missing file has no records.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    found = [record for _, record in _lines(data.split(b"\n"))]
+    return [record for record in found if record is not None], found.count(None)
+
+
+def _lines(raw_lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each record's line and what it says; None for a damaged one."""
+    for raw in raw_lines:
+        line = raw.strip().rstrip(b",]")  # a torn write may have left `},]`
+        if line not in (b"", b"["):
+            yield line, _parse(line)
 
 
 def _write_at(fd: int, data: bytes, offset: int) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+RUN_FILE = "run.yaml"
+ENVIRONMENT_FILE = "environment.json"
 LOSS_FILE = "loss_data.json"
 EVAL_FILE = "eval_data.json"
 SAMPLES_FILE = "samples.json"

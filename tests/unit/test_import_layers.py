@@ -23,6 +23,7 @@ LAYERS = [
         "interrupt",
         "metric_control",
         "cluster",
+        "report",
     },
     {"hooks", "run_setup", "loop"},
     {
@@ -33,7 +34,6 @@ LAYERS = [
         "inspect",
         "plan",
         "doctor",
-        "report",
         "bench",
         "launch",
         "launch_plan",
@@ -42,8 +42,8 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # accelerate and deepspeed appear only here (design: the substrate stays at the edge).
 SUBSTRATE = {"runtime", "checkpoint", "evaluation", "hooks", "run_setup", "loop", "train", "doctor"}
-# `python -m rwkv_accel.data` is an entry point that lives in a lower folder.
-ENTRY_FILES = {"data/__main__.py"}
+# `python -m rwkv_accel.data` and `.report` are entry points that live in lower folders.
+ENTRY_FILES = {"data/__main__.py", "report/__main__.py"}
 
 FILES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py"))
 

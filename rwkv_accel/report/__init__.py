@@ -1,0 +1,10 @@
+"""The report of one or several runs: one HTML file that needs nothing else, or a page that follows a live run.
+
+read_run     what a run folder says, ready for the page
+write_report the file
+serve        the page of a run that is still going on
+"""
+
+from rwkv_accel.report.page import REPORT_FILE, write_report
+
+__all__ = ["REPORT_FILE", "write_report"]

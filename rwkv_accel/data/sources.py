@@ -218,7 +218,17 @@ def blame(path: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  datasets, fsspec and their readers raise anything at all
-        raise UserError(f"data.path {path} cannot be read: {_one_line(error)}") from None
+        raise UserError(f"data.path {path} cannot be read: {_one_line(error)}{_remedy(path, error)}") from None
+
+
+def _remedy(path: str, error: BaseException) -> str:
+    if isinstance(error, ImportError) and path.startswith("s3://"):
+        return "; pip install s3fs"
+    if type(error).__name__ == "NoCredentialsError":
+        return "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if isinstance(error, PermissionError) and "://" in path:
+        return "; check the credentials and what they may read"
+    return ""
 
 
 def _one_line(error: BaseException) -> str:

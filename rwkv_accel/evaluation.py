@@ -82,7 +82,7 @@ def evaluate(
                     raise Stopped
                 labels = batch.labels_BT
                 targets = labels.clamp_min(0)
-                sums[0] += model(batch.ids_BT, labels, cu_seqlens=batch.cu_seqlens)
+                sums[0] += model(batch.ids_BT, labels, target_rows=batch.target_rows_R, cu_seqlens=batch.cu_seqlens)
                 sums[1] += batch.num_targets
                 sums[2] += lengths_V[targets].masked_fill(labels < 0, 0).sum()
     model.train(was_training)

@@ -92,11 +92,9 @@ def train_window(
     Returns None when the ranks agreed to stop: nothing was updated, and the generators are back where they were.
     """
     device, last = accelerator.device, len(window) - 1
-    counts = torch.tensor(
-        [sum(b.num_targets for b in window), sum(b.num_tokens for b in window)],
-        dtype=torch.float64,
-        device=device,
-    )
+    numbers = (sum(b.num_targets for b in window), sum(b.num_tokens for b in window))
+    # Filled on the device: copying them there from the host would wait for it.
+    counts = torch.stack([torch.full((), number, dtype=torch.float64, device=device) for number in numbers])
     counts = accelerator.reduce(counts, "sum")
     num_targets = counts[0].clamp_min(1)
     scale = (accelerator.gradient_accumulation_steps * accelerator.num_processes / num_targets).float()
@@ -109,7 +107,7 @@ def train_window(
         # Set by hand: accelerator.accumulate() watches a prepared loader, and this one is not.
         accelerator.sync_gradients = index == last
         with nullcontext() if index == last else _no_sync(accelerator, model):
-            loss = model(batch.ids_BT, batch.labels_BT, cu_seqlens=batch.cu_seqlens)
+            loss = model(batch.ids_BT, batch.labels_BT, target_rows=batch.target_rows_R, cu_seqlens=batch.cu_seqlens)
             accelerator.backward(loss * scale)
             loss_sum += loss.detach()
     grad_norm = _clip(accelerator, model, trainer.gradient_clip_val)

@@ -23,14 +23,20 @@ class Batch:
     """int64 inputs; right-padded with 0."""
     labels_BT: Tensor
     """int64 targets; -100 where the loss does not count."""
-    cu_seqlens: Tensor | None
-    """int32 [S + 1] borders of a packed batch (B = 1): document s is cu[s] .. cu[s + 1]. None: padded."""
-    num_targets: int
-    """Labels that are not -100."""
+    target_rows_R: Tensor
+    """int64 positions of the targets in the flattened labels: found here, a device need not be waited for."""
+    cu_seqlens: tuple[int, ...] | None
+    """S + 1 borders of a packed batch (B = 1): document s is cu[s] .. cu[s + 1]. None: padded. Plain numbers, because
+    they lay out the work on the host, and wrappers of a model move tensors to its device."""
     num_tokens: int
     """Input positions that are not padding."""
     sample_ids: tuple[int, ...]
     """Rows of the data set in this batch; empty for a dummy."""
+
+    @property
+    def num_targets(self) -> int:
+        """Labels that are not -100."""
+        return len(self.target_rows_R)
 
     def pinned(self) -> Batch:
         """The batch in pinned host memory, from which a GPU copies while it computes."""
@@ -41,8 +47,8 @@ class Batch:
         return self if device.type == "cpu" else self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        borders = None if self.cu_seqlens is None else move(self.cu_seqlens)
-        return replace(self, ids_BT=move(self.ids_BT), labels_BT=move(self.labels_BT), cu_seqlens=borders)
+        names = ("ids_BT", "labels_BT", "target_rows_R")
+        return replace(self, **{name: move(getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True)
@@ -69,14 +75,7 @@ def pack_batch(rows: Sequence[Sequence[Piece]], sample_ids: Sequence[int]) -> Ba
     ids = np.concatenate([inputs for inputs, _ in shifted])
     labels = np.concatenate([labels for _, labels in shifted])
     borders = np.cumsum([0] + [len(inputs) for inputs, _ in shifted])
-    return Batch(
-        torch.from_numpy(ids)[None],
-        torch.from_numpy(labels)[None],
-        torch.from_numpy(borders.astype(np.int32)),
-        int((labels != IGNORE_INDEX).sum()),
-        len(ids),
-        tuple(sample_ids),
-    )
+    return _batch(ids[None], labels[None], tuple(borders.tolist()), len(ids), sample_ids)
 
 
 def pad_batch(rows: Sequence[Sequence[Piece]], sample_ids: Sequence[int]) -> Batch:
@@ -89,23 +88,17 @@ def pad_batch(rows: Sequence[Sequence[Piece]], sample_ids: Sequence[int]) -> Bat
     for index, (row_ids, row_labels) in enumerate(shifted):
         ids[index, : len(row_ids)] = row_ids
         labels[index, : len(row_labels)] = row_labels
-    return Batch(
-        torch.from_numpy(ids),
-        torch.from_numpy(labels),
-        None,
-        int((labels != IGNORE_INDEX).sum()),
-        sum(len(inputs) for inputs, _ in shifted),
-        tuple(sample_ids),
-    )
+    return _batch(ids, labels, None, sum(len(inputs) for inputs, _ in shifted), sample_ids)
 
 
 def dummy_batch(packed: bool) -> Batch:
     """A batch that counts for nothing: one position without a target, for a process that has no rows left."""
-    return Batch(
-        torch.zeros(1, 1, dtype=torch.int64),
-        torch.full((1, 1), IGNORE_INDEX, dtype=torch.int64),
-        torch.tensor([0, 1], dtype=torch.int32) if packed else None,
-        num_targets=0,
-        num_tokens=0,
-        sample_ids=(),
-    )
+    nothing = np.full((1, 1), IGNORE_INDEX)
+    return _batch(np.zeros((1, 1), np.int64), nothing, (0, 1) if packed else None, 0, ())
+
+
+def _batch(
+    ids: np.ndarray, labels: np.ndarray, borders: tuple[int, ...] | None, num_tokens: int, sample_ids: Sequence[int]
+) -> Batch:
+    target_rows = torch.from_numpy(np.flatnonzero(labels != IGNORE_INDEX).astype(np.int64))
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), target_rows, borders, num_tokens, tuple(sample_ids))

@@ -17,34 +17,49 @@ from torch import Tensor, nn
 
 from rwkv_accel.model.layers import Linear
 from rwkv_accel.model.precision import wide_dtype
-from rwkv_accel.ops.loss import IGNORE_INDEX, cross_entropy_sum, linear_cross_entropy_sum
+from rwkv_accel.ops.loss import cross_entropy_sum, find_target_rows, linear_cross_entropy_sum
 
 
 class LMHead(Linear):
     """Output projection; with labels it returns the loss sum instead of logits."""
 
     def forward(
-        self, h: Tensor, labels_R: Tensor | None = None, *, l2wrap: float = 0.0, chunk_rows: int = 512
+        self,
+        h: Tensor,
+        labels_R: Tensor | None = None,
+        target_rows: Tensor | None = None,
+        *,
+        l2wrap: float = 0.0,
+        chunk_rows: int = 512,
     ) -> Tensor:
         """h [..., C] -> logits [..., V]; with labels_R, h is [R,C] and the result is the wide loss sum."""
         if labels_R is None:
             return super().forward(h)
         weight_VC = self.weight.to(h.dtype)
-        return linear_cross_entropy_sum(h, weight_VC, labels_R, l2wrap=l2wrap, chunk_rows=chunk_rows)
+        return linear_cross_entropy_sum(
+            h, weight_VC, labels_R, target_rows=target_rows, l2wrap=l2wrap, chunk_rows=chunk_rows
+        )
 
 
 class LossHead(nn.Module):
     """The same contract for any other layer in the head's place (an adapter, a quantised weight)."""
 
     def forward(
-        self, h: Tensor, labels_R: Tensor | None = None, *, l2wrap: float = 0.0, chunk_rows: int = 512
+        self,
+        h: Tensor,
+        labels_R: Tensor | None = None,
+        target_rows: Tensor | None = None,
+        *,
+        l2wrap: float = 0.0,
+        chunk_rows: int = 512,
     ) -> Tensor:
         """h [..., C] -> logits [..., V]; with labels_R, h is [R,C] and the result is the wide loss sum."""
         if labels_R is None:
             return super().forward(h)
         trained = [param for param in self.parameters() if param.requires_grad]
         settings = (l2wrap, chunk_rows, torch.is_grad_enabled())
-        return _ChunkedLossSum.apply(super().forward, h, labels_R, settings, *trained)
+        rows_R = find_target_rows(labels_R) if target_rows is None else target_rows
+        return _ChunkedLossSum.apply(super().forward, h, labels_R, rows_R, settings, *trained)
 
 
 def as_head(layer: nn.Module) -> nn.Module:
@@ -69,6 +84,7 @@ class _ChunkedLossSum(torch.autograd.Function):
         logits_of: Callable[[Tensor], Tensor],
         h_RC: Tensor,
         labels_R: Tensor,
+        rows_R: Tensor,
         settings: tuple[float, int, bool],
         *trained: nn.Parameter,
     ) -> Tensor:
@@ -79,11 +95,13 @@ class _ChunkedLossSum(torch.autograd.Function):
         # Summed wide: bf16 would lose all but the first chunks.
         d_trained = [torch.zeros_like(param, dtype=wide) for param in trained] if grad else []
         loss = h_RC.new_zeros((), dtype=wide)
-        rows_R = (labels_R != IGNORE_INDEX).nonzero().squeeze(1)
         for chunk in rows_R.split(chunk_rows) if len(rows_R) else ():
             with torch.set_grad_enabled(bool(need_h or d_trained)):
                 h_chunk = h_RC.index_select(0, chunk).requires_grad_(need_h)
-                chunk_loss = cross_entropy_sum(logits_of(h_chunk), labels_R[chunk], l2wrap=l2wrap)
+                every = torch.arange(len(chunk), device=chunk.device)
+                chunk_loss = cross_entropy_sum(
+                    logits_of(h_chunk), labels_R.index_select(0, chunk), target_rows=every, l2wrap=l2wrap
+                )
             loss += chunk_loss.detach()
             if not chunk_loss.requires_grad:
                 continue
@@ -99,4 +117,4 @@ class _ChunkedLossSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         d_h_RC, *d_trained = (None if d is None else d * grad_output.to(d.dtype) for d in ctx.saved_tensors)
-        return (None, d_h_RC, None, None, *d_trained)
+        return (None, d_h_RC, None, None, None, *d_trained)

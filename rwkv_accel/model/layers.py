@@ -6,8 +6,10 @@ fp64 when the activations are fp64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,15 +74,15 @@ class Documents:
     """int32: the number of the document that starts at a token, -1 elsewhere; on the device of the batch."""
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, ids_BT: Tensor) -> Documents:
+    def from_cu_seqlens(cls, cu_seqlens: Tensor | Sequence[int], ids_BT: Tensor) -> Documents:
         """Borders for a batch of one row; ValueError unless they rise strictly from 0 to T.
 
-        One wait for the device if cu_seqlens lies there, none if it comes from the host.
+        One wait for the device if cu_seqlens lies there, none if it comes from the host or as numbers.
         """
         batch, num_tokens = ids_BT.shape
         if batch != 1:
             raise ValueError(f"cu_seqlens needs a batch of one row (flatten the rows), got {batch} rows")
-        borders = cu_seqlens.long().cpu()
+        borders = torch.as_tensor(cu_seqlens).long().cpu()
         if borders.dim() != 1 or borders.numel() < 2:
             raise ValueError(f"cu_seqlens must be a vector of at least 2 borders, got {list(borders.shape)}")
         if borders[0] != 0 or borders[-1] != num_tokens or bool((borders.diff() <= 0).any()):

@@ -6,6 +6,8 @@ Shapes: B batch, T tokens, C channels, V vocab, H heads, N head size, S sequence
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -76,18 +78,20 @@ class RWKV7(nn.Module):
         ids_BT: Tensor,
         labels_BT: Tensor | None = None,
         *,
+        target_rows: Tensor | None = None,
         state: RWKV7State | None = None,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, RWKV7State]:
         """Logits [B,T,V] in the compute dtype, or with labels the fp32 loss sum over labels != -100.
 
-        labels_BT are aligned: labels[t] is the target of position t. `state` carries the past of each row (None:
-        fresh sequences, which start at `time_state` where the model has one). `cu_seqlens` [S+1] packs S documents
-        into a batch of one row; token shift and WKV state restart at every border, and states have S rows. With
-        `return_state` the result is (logits or loss, state after the last token of every sequence), and the graph
-        goes through the state until the caller detaches it. Raises ValueError for ids or labels outside the
-        vocabulary (on the host) and for shapes that do not fit.
+        labels_BT are aligned: labels[t] is the target of position t. `target_rows` are the positions of the labels that
+        count in the flattened labels; without them they are looked for, which waits for an accelerator. `state` carries
+        the past of each row (None: fresh sequences, which start at `time_state` where the model has one). `cu_seqlens`
+        [S+1] packs S documents into a batch of one row; token shift and WKV state restart at every border, and states
+        have S rows. With `return_state` the result is (logits or loss, state after the last token of every sequence),
+        and the graph goes through the state until the caller detaches it. Raises ValueError for ids or labels outside
+        the vocabulary (on the host) and for shapes that do not fit.
         """
         if labels_BT is not None and labels_BT.shape != ids_BT.shape:
             raise ValueError(f"labels {list(labels_BT.shape)} and ids {list(ids_BT.shape)} differ in shape")
@@ -96,8 +100,8 @@ class RWKV7(nn.Module):
             out = self.head(h_BTC)
         else:
             # A layer that was put in the head's place learns to take labels here, where it is first asked to.
-            head, chunk_rows = as_head(self.head), self.loss_chunk_rows
-            out = head(h_BTC.flatten(0, 1), labels_BT.flatten(), l2wrap=self.l2wrap, chunk_rows=chunk_rows)
+            head, settings = as_head(self.head), {"l2wrap": self.l2wrap, "chunk_rows": self.loss_chunk_rows}
+            out = head(h_BTC.flatten(0, 1), labels_BT.flatten(), target_rows, **settings)
         return (out, final) if return_state else out
 
     def forward_one(self, ids_B: Tensor, state: RWKV7State) -> tuple[Tensor, RWKV7State]:
@@ -110,7 +114,7 @@ class RWKV7(nn.Module):
         ids_BT: Tensor,
         *,
         state: RWKV7State | None = None,
-        cu_seqlens: Tensor | None = None,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         return_state: bool = True,
     ) -> tuple[Tensor, RWKV7State]:
         """What `forward` gives to the head: (final norm's output [B,T,C], final state). Arguments as there.

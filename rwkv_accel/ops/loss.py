@@ -22,7 +22,13 @@ IGNORE_INDEX = -100
 
 
 def linear_cross_entropy_sum(
-    hidden_RC: Tensor, weight_VC: Tensor, labels_R: Tensor, *, l2wrap: float = 1e-4, chunk_rows: int = 512
+    hidden_RC: Tensor,
+    weight_VC: Tensor,
+    labels_R: Tensor,
+    *,
+    target_rows: Tensor | None = None,
+    l2wrap: float = 1e-4,
+    chunk_rows: int = 512,
 ) -> Tensor:
     """Sum over target rows of cross_entropy(hidden @ weight^T, label), without ever holding the [R,V] logits.
 
@@ -33,6 +39,7 @@ def linear_cross_entropy_sum(
         hidden_RC: [R,C], any float dtype. Matrix products are in this dtype, softmax in fp32 (or fp64).
         weight_VC: [V,C], dtype of hidden.
         labels_R: int64 [R]; rows with IGNORE_INDEX are skipped, not computed and masked.
+        target_rows: int64 positions of the labels that count; None looks for them, which waits for an accelerator.
         l2wrap: weight of L2Wrap, 0 for none; a tie of largest logits goes to the first.
         chunk_rows: rows whose logits exist at the same time; the memory needed is chunk_rows * V values.
 
@@ -48,16 +55,20 @@ def linear_cross_entropy_sum(
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     _check_labels(labels_R, hidden_RC.shape[0], weight_VC.shape[0])
-    grad = torch.is_grad_enabled()
-    return _LinearCrossEntropySum.apply(hidden_RC, weight_VC, labels_R, l2wrap, chunk_rows, grad)
+    rows_R = find_target_rows(labels_R) if target_rows is None else target_rows
+    settings = (l2wrap, chunk_rows, torch.is_grad_enabled())
+    return _LinearCrossEntropySum.apply(hidden_RC, weight_VC, labels_R, rows_R, settings)
 
 
-def cross_entropy_sum(logits_RV: Tensor, labels_R: Tensor, *, l2wrap: float = 1e-4) -> Tensor:
+def cross_entropy_sum(
+    logits_RV: Tensor, labels_R: Tensor, *, target_rows: Tensor | None = None, l2wrap: float = 1e-4
+) -> Tensor:
     """Sum over target rows of cross_entropy(logits, label): the same contract for logits that already exist.
 
     Args:
         logits_RV: [R,V], any float dtype; softmax and loss are made in fp32 (fp64 for fp64).
         labels_R: int64 [R]; rows with IGNORE_INDEX are skipped.
+        target_rows: int64 positions of the labels that count; None looks for them, which waits for an accelerator.
         l2wrap: weight of L2Wrap, 0 for none; a tie of largest logits goes to the first.
 
     Returns a scalar in fp32 (fp64 for fp64). Raises ValueError for inputs that do not fit.
@@ -65,7 +76,8 @@ def cross_entropy_sum(logits_RV: Tensor, labels_R: Tensor, *, l2wrap: float = 1e
     if logits_RV.dim() != 2:
         raise ValueError(f"logits must be [rows, vocab], got {list(logits_RV.shape)}")
     _check_labels(labels_R, *logits_RV.shape)
-    return _CrossEntropySum.apply(logits_RV, labels_R, l2wrap)
+    rows_R = find_target_rows(labels_R) if target_rows is None else target_rows
+    return _CrossEntropySum.apply(logits_RV, labels_R, rows_R, l2wrap)
 
 
 def _check_labels(labels_R: Tensor, num_rows: int, vocab_size: int) -> None:
@@ -84,7 +96,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _target_rows(labels_R: Tensor) -> Tensor:
+def find_target_rows(labels_R: Tensor) -> Tensor:
+    """int64 positions of the labels that are targets. Waits for the device of the labels."""
     return (labels_R != IGNORE_INDEX).nonzero().squeeze(1)
 
 
@@ -113,13 +126,12 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         hidden_RC: Tensor,
         weight_VC: Tensor,
         labels_R: Tensor,
-        l2wrap: float,
-        chunk_rows: int,
-        grad: bool,
+        rows_R: Tensor,
+        settings: tuple[float, int, bool],
     ) -> Tensor:
+        l2wrap, chunk_rows, grad = settings
         need_hidden, need_weight = (grad and need for need in ctx.needs_input_grad[:2])
         dtype, wide = hidden_RC.dtype, _wide(hidden_RC.dtype)
-        rows_R = _target_rows(labels_R)
         num_rows, vocab_size = len(rows_R), len(weight_VC)
         chunk_rows = min(chunk_rows, max(num_rows, 1))
         products = hidden_RC.new_empty(chunk_rows, vocab_size)
@@ -157,13 +169,12 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         check_first_order("linear_cross_entropy_sum")
         # In place: a second copy of the weight gradient would double the memory of the largest matrix.
         grads = [None if d is None else d.mul_(grad_output) for d in ctx.saved_tensors]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_RV: Tensor, labels_R: Tensor, l2wrap: float) -> Tensor:
-        rows_R = _target_rows(labels_R)
+    def forward(ctx: Any, logits_RV: Tensor, labels_R: Tensor, rows_R: Tensor, l2wrap: float) -> Tensor:
         probs_RV = logits_RV.index_select(0, rows_R).to(_wide(logits_RV.dtype))
         loss_R, largest_R, argmax_R = _softmax_(probs_RV, labels_R.index_select(0, rows_R))
         ctx.l2wrap = l2wrap
@@ -179,5 +190,5 @@ class _CrossEntropySum(torch.autograd.Function):
         _logit_grad_(grad_RV, labels_R.index_select(0, rows_R), largest_R, argmax_R, ctx.l2wrap)
         grad_RV.mul_(grad_output)
         if len(rows_R) == len(labels_R):
-            return grad_RV.to(logits_RV.dtype), None, None
-        return torch.zeros_like(logits_RV).index_copy_(0, rows_R, grad_RV.to(logits_RV.dtype)), None, None
+            return grad_RV.to(logits_RV.dtype), None, None, None
+        return torch.zeros_like(logits_RV).index_copy_(0, rows_R, grad_RV.to(logits_RV.dtype)), None, None, None

@@ -14,8 +14,8 @@ def test_packed_batch():
     batch = pack_batch([[piece([5, 6, 7, 0]), piece([8, 9, 0], [0, 0, 1])], [piece([3, 4], [1, 1])]], (11, 12))
     assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9, 3]]
     assert batch.labels_BT.tolist() == [[6, 7, 0, -100, 0, 4]]
-    assert batch.cu_seqlens.tolist() == [0, 3, 5, 6]
-    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.cu_seqlens == (0, 3, 5, 6)
+    assert batch.target_rows_R.tolist() == [0, 1, 2, 4, 5]
     assert batch.ids_BT.dtype == batch.labels_BT.dtype == torch.int64
     assert (batch.num_targets, batch.num_tokens, batch.sample_ids) == (5, 6, (11, 12))
 
@@ -25,6 +25,7 @@ def test_padded_batch():
     assert batch.ids_BT.tolist() == [[5, 6, 0, 0], [7, 8, 9, 9]]
     assert batch.labels_BT.tolist() == [[6, 0, -100, -100], [-100, -100, 9, 0]]
     assert batch.cu_seqlens is None
+    assert batch.target_rows_R.tolist() == [0, 1, 6, 7]
     assert (batch.num_targets, batch.num_tokens, batch.sample_ids) == (4, 6, (4, 2))
 
 

@@ -158,7 +158,7 @@ def test_documents_of_a_binidx_train_without_a_copy(tmp_path):
     (batch,) = next(loader.windows(0, 0)).batches
     assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9]]
     assert batch.labels_BT.tolist() == [[6, 7, 0, 9, 0]]
-    assert batch.cu_seqlens.tolist() == [0, 3, 5]
+    assert batch.cu_seqlens == (0, 3, 5)
     limited = make_loader(str(tmp_path / "x.idx"), shuffle=False, max_documents=1)
     assert limited.describe().startswith("data: 1 documents, 4 tokens, 3 of them targets; 1 packed rows")
 

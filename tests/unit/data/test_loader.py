@@ -105,7 +105,7 @@ def test_packed_batch_is_the_documents_side_by_side(write_jsonl):
     a, z = 98, 0
     assert batch.ids_BT.tolist() == [[a, a + 1, a + 2, a + 3, a + 4, a + 5, a + 6, a + 7, a + 8, a + 9]]
     assert batch.labels_BT.tolist() == [[a + 1, a + 2, z, a + 4, z, a + 6, a + 7, a + 8, a + 9, z]]
-    assert batch.cu_seqlens.tolist() == [0, 3, 5, 10]
+    assert batch.cu_seqlens == (0, 3, 5, 10)
     assert (window.num_rows, batch.sample_ids, batch.num_targets, batch.num_tokens) == (2, (0, 1), 10, 10)
 
 
@@ -245,7 +245,8 @@ def test_a_document_of_ten_megabytes_on_one_line(tmp_path):
 def test_batches_are_on_the_device(texts):
     loader = make_loader(texts, device="meta")
     batch = next(loader.windows(0, 0)).batches[0]
-    assert {batch.ids_BT.device.type, batch.labels_BT.device.type, batch.cu_seqlens.device.type} == {"meta"}
+    assert {batch.ids_BT.device.type, batch.labels_BT.device.type, batch.target_rows_R.device.type} == {"meta"}
+    assert isinstance(batch.cu_seqlens, tuple)
 
 
 def test_windows_are_prepared_ahead_but_not_all_at_once(texts, monkeypatch):

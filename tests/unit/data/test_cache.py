@@ -33,7 +33,7 @@ def folders(tmp_path, kind):
 
 def batches_of(loader):
     return [
-        (b.ids_BT.tolist(), b.labels_BT.tolist(), b.cu_seqlens.tolist(), b.sample_ids)
+        (b.ids_BT.tolist(), b.labels_BT.tolist(), b.cu_seqlens, b.sample_ids)
         for w in loader.windows(0, 0)
         for b in w.batches
     ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rwkv_accel.config.base import share_of
 from rwkv_accel.data.loader import TrainLoader
 from rwkv_accel.data.tokenizer import Tokenizer
 from rwkv_accel.interrupt import Stopped, StopRequest
@@ -57,10 +58,10 @@ def evaluate(
     lengths_V: torch.Tensor,
     *,
     name: str,
-    limit_batches: int | None = None,
+    limit_batches: int | float | None = None,
     stop: StopRequest | None = None,
 ) -> EvalResult:
-    """Loss over the loader's rows, or the first limit_batches windows of them. Collective.
+    """Loss over the loader's rows, or the first limit_batches windows (or that share) of them. Collective.
 
     Every target token counts once and with the same weight, however the rows are spread. The model comes back in
     the mode it was in; dropout is off meanwhile.
@@ -75,7 +76,7 @@ def evaluate(
     lengths_V = lengths_V.to(device)
     with torch.no_grad():
         for index, window in enumerate(loader.windows(0, 0)):
-            if index == limit_batches:
+            if index == share_of(limit_batches, loader.windows_per_epoch):
                 break
             for batch in window.batches:
                 if stop is not None and stop.agreed():

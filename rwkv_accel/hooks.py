@@ -31,7 +31,9 @@ from rwkv_accel.errors import UserError
 from rwkv_accel.evaluation import EvalResult, evaluate
 from rwkv_accel.generation.engine import TextGenerator
 from rwkv_accel.interrupt import Stopped, StopRequest, generator_states, set_generator_states
+from rwkv_accel.limits import RunLimits
 from rwkv_accel.peft.apply import adapter_buffers
+from rwkv_accel.profiling import StepProfiler
 from rwkv_accel.report import REPORT_FILE, write_report
 from rwkv_accel.runtime import EXIT_STOPPED, requeue_file, started_file, unwrap
 from rwkv_accel.schedules import lr_at, wd_at
@@ -67,7 +69,11 @@ class Run:
     stop: StopRequest
     writer: CheckpointWriter
     cadence: SaveCadence
+    limits: RunLimits
     total_steps: int
+    eval_every: int | None
+    """Updates between evaluations; None: only at the ends of epochs."""
+    profiler: StepProfiler
     base_path: str
     base_digest: str
     eval_sets: list[tuple[str, TrainLoader]]
@@ -111,6 +117,7 @@ def on_batch_end(state: TrainState, stats: StepStats, run: Run) -> None:
             marker.touch()
     if state.step % run.config.trainer.log_every_n_steps == 0 or state.step == run.total_steps:
         log_pending(state, run)
+    run.profiler.step(state.step)
 
 
 def read_pending(state: TrainState, run: Run) -> None:
@@ -177,11 +184,6 @@ def take_results(state: TrainState, run: Run, results: list[EvalResult]) -> None
         run.log.message(f"validation loss has stopped falling: learning rate x {state.control.lr_factor:g} from here")
     if config.keep_best and state.control.best_step == state.step:
         save(state, run, Path(run.config.out_dir) / BEST_DIR)
-    if state.control.wants_stop(config):
-        run.log.message(
-            f"stopping early: no improvement in {state.control.num_without_gain} evaluations; best {results[0].name} "
-            f"loss {state.control.best:.4f} at step {state.control.best_step}"
-        )
 
 
 def on_epoch_end(state: TrainState, run: Run) -> None:
@@ -192,6 +194,8 @@ def on_epoch_end(state: TrainState, run: Run) -> None:
     log_pending(state, run)
     validate_every, save_every = run.config.eval.every_n_epochs, run.config.checkpoint.epoch_save
     is_validated = run.eval_sets and validate_every and (state.epoch + 1) % validate_every == 0
+    # The last update of the epoch may have been due for a validation of its own.
+    is_validated = is_validated and state.evaluated_step != state.step
     results = validate(state, run) if is_validated else []
     state.end_epoch()
     run.log.epoch_line(state.epoch)
@@ -204,6 +208,7 @@ def on_epoch_end(state: TrainState, run: Run) -> None:
 
 def on_interrupt(state: TrainState, run: Run) -> NoReturn:
     """Collective. Save everything under the name INTERRUPTED, tell the launcher, and leave."""
+    run.profiler.close()
     on_checkpoint(state, run, INTERRUPTED)
     run.writer.finish(run.accelerator)
     marker = requeue_file()
@@ -247,6 +252,9 @@ def on_checkpoint(state: TrainState, run: Run, name: str | None = None) -> None:
 def on_train_end(state: TrainState, run: Run) -> None:
     """Collective. Save what is not saved yet, and answer the recipe's prompts."""
     log_pending(state, run)
+    run.profiler.close()
+    if (reason := run.limits.reason(state)) is not None:
+        run.log.message(reason)
     if run.saved_step != state.step:
         save_latest(state, run, f"step-{state.step:08d}")
     if run.checkpoint_step != state.step:

@@ -79,6 +79,14 @@ class StopRequest:
             self.cadence.agreed = True
         return bool(wishes[0])
 
+    def any_rank(self, here: bool) -> bool:
+        """Whether it is so on any rank; the same answer on every rank. Collective, on the host only."""
+        if self._group is None:
+            return here
+        flag = torch.tensor(int(here))
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
     def _on_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()
         if not self._deferred:

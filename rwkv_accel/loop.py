@@ -35,7 +35,7 @@ def train(config: RunConfig) -> TrainState:
     """One run, from the recipe to the saved weights. Collective; returns where the run ended."""
     run, loader, state = set_up(config)
     after_update(state, run)
-    while state.rows_consumed == loader.rows_per_epoch or not is_finished(state, run):
+    while state.rows_consumed == loader.rows_per_epoch or not run.limits.reached(state):
         run.model.train()
         for window in run.log.watch(loader.windows(state.epoch, state.rows_consumed)):
             on_batch_start(state, run.optimizer, config.optim, run.total_steps)
@@ -45,7 +45,7 @@ def train(config: RunConfig) -> TrainState:
             state.advance(window.num_rows)
             on_batch_end(state, stats, run)
             after_update(state, run)
-            if is_finished(state, run):
+            if run.limits.reached(state):
                 break
         if state.rows_consumed == loader.rows_per_epoch:
             on_epoch_end(state, run)
@@ -57,7 +57,7 @@ def train(config: RunConfig) -> TrainState:
 def after_update(state: TrainState, run: Run) -> None:
     """What the recipe wants after this many updates and is not done yet: a start also does what a stop left undone."""
     config = run.config
-    if state.evaluated_step != state.step and is_due(config.eval.every_n_steps, state.step, config.eval.at_start):
+    if state.evaluated_step != state.step and is_due(run.eval_every, state.step, config.eval.at_start):
         on_evaluate(state, run)
     if state.sampled_step != state.step and is_due(config.samples.every_n_steps, state.step):
         on_samples(state, run)
@@ -68,11 +68,6 @@ def after_update(state: TrainState, run: Run) -> None:
 def is_due(every: int | None, step: int, at_start: bool = False) -> bool:
     """Whether something done every so many updates is due after this many."""
     return at_start if step == 0 else every is not None and step % every == 0
-
-
-def is_finished(state: TrainState, run: Run) -> bool:
-    """Whether no further update is wanted."""
-    return state.step >= run.total_steps or state.control.wants_stop(run.config.eval)
 
 
 def train_window(

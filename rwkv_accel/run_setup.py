@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from rwkv_accel.checkpoint.collective import on_main, once_per_node
 from rwkv_accel.checkpoint.portable import read_extra_tensors
 from rwkv_accel.checkpoint.run_lock import lock_run_folder
 from rwkv_accel.checkpoint.weights import INIT_FILE, RUN_FILE, base_checkpoint
+from rwkv_accel.config.base import share_of
 from rwkv_accel.config.load import dump_config
 from rwkv_accel.config.schema import DataConfig, ModelConfig, RunConfig, TrainerConfig
 from rwkv_accel.data.loader import TrainLoader, build_train_loader
@@ -33,6 +35,7 @@ from rwkv_accel.errors import UserError
 from rwkv_accel.evaluation import token_lengths
 from rwkv_accel.hooks import Run
 from rwkv_accel.interrupt import StopRequest
+from rwkv_accel.limits import RunLimits
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.init import generate_init_weight
 from rwkv_accel.model.io import checkpoint_digest, read_checkpoint
@@ -40,8 +43,18 @@ from rwkv_accel.model.precision import Precision
 from rwkv_accel.optim import build_optimizer
 from rwkv_accel.peft.apply import load_model_and_apply_peft, print_model_param
 from rwkv_accel.peft.plan import make_plan
+from rwkv_accel.profiling import StepProfiler
 from rwkv_accel.progress import set_progress_mode
-from rwkv_accel.runtime import build_accelerator, check_engine, check_offload, is_main_process, set_seed, world_size
+from rwkv_accel.runtime import (
+    build_accelerator,
+    check_engine,
+    check_launch,
+    check_offload,
+    is_main_process,
+    set_engine_switches,
+    set_seed,
+    world_size,
+)
 from rwkv_accel.state import TrainState
 from rwkv_accel.tracking import RunLog
 
@@ -51,10 +64,12 @@ if TYPE_CHECKING:
 
 def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     """Everything before the first step. Cheap checks come first: a mistake must cost seconds. Collective."""
+    started_at, trainer = time.monotonic(), config.trainer
     stop = StopRequest().install()
-    set_seed(config.trainer.seed)
+    set_engine_switches(trainer)
+    check_launch(trainer)
+    set_seed(trainer.seed)
     set_progress_mode(config.tracking.progress)
-    trainer = config.trainer
     accelerator = build_accelerator(trainer, trainer.micro_batches(world_size()))
     check_offload(accelerator, config.optim.optimizer)
     lock = lock_run_folder(accelerator, config.out_dir)
@@ -87,7 +102,8 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     if resume_from:
         saved = load_checkpoint(accelerator, model, optimizer, resume_from)
         state.load_state_dict(saved["state"])
-    total_steps = loader.total_steps(trainer.max_epochs, trainer.max_steps)
+    total_steps = loader.total_steps(trainer.max_epochs, trainer.max_steps, trainer.max_tokens)
+    limits = RunLimits(trainer, config.eval, total_steps, stop, started_at=started_at)
     log = RunLog.open(
         config,
         is_main=accelerator.is_main_process,
@@ -96,6 +112,9 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         device=accelerator.device,
     )
     log.message(loader.describe())
+    eval_every = config.eval.every_n_steps
+    if isinstance(eval_every, float):
+        eval_every = share_of(eval_every, loader.windows_per_epoch)
     run = Run(
         config,
         accelerator,
@@ -105,7 +124,10 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         stop,
         CheckpointWriter(config.out_dir, config.checkpoint),
         SaveCadence(config.checkpoint),
+        limits,
         total_steps,
+        eval_every=eval_every,
+        profiler=StepProfiler.open(trainer.profiler, config.out_dir, log.message, is_main=accelerator.is_main_process),
         base_path=str(base.path),
         base_digest=digest,
         eval_sets=eval_sets,
@@ -152,7 +174,14 @@ def build_eval_sets(config: RunConfig, accelerator: Accelerator) -> list[tuple[s
     """(name, rows) of each validation set, in the order of the recipe."""
     if not config.eval.is_on:
         return []
-    trainer = config.trainer.model_copy(update={"global_batch_size": None, "accumulate_grad_batches": 1})
+    trainer = config.trainer.model_copy(
+        update={
+            "global_batch_size": None,
+            "accumulate_grad_batches": 1,
+            "limit_train_batches": None,
+            "overfit_batches": None,
+        }
+    )
     if config.eval.path is None:
         subset = Subset(config.eval.split_fraction, config.trainer.seed, held_out=True)
         data = config.data.model_copy(update={"shuffle": False, "weights": None})
@@ -246,7 +275,8 @@ def dry_run(config: RunConfig) -> None:
     plan = make_plan(shape, config.peft)
     loader = build_loader(config, None)
     if is_main_process():
-        steps = loader.total_steps(config.trainer.max_epochs, config.trainer.max_steps)
+        trainer = config.trainer
+        steps = loader.total_steps(trainer.max_epochs, trainer.max_steps, trainer.max_tokens)
         print(f"model: {shape}")  # noqa: T201
         print(f"trained: {len(plan.adapters)} adapters, {len(plan.trained)} base parameters")  # noqa: T201
         print(loader.describe())  # noqa: T201

@@ -111,6 +111,67 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def set_engine_switches(trainer: TrainerConfig) -> None:
+    """Device, determinism and debugging switches of the process. Runs before anything touches a GPU.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if trainer.accelerator == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    if trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"trainer.accelerator is gpu, but torch {torch.__version__} sees no GPU here; look at "
+            "`python -m rwkv_accel.doctor`, or set trainer.accelerator=auto"
+        )
+    torch.use_deterministic_algorithms(bool(trainer.deterministic), warn_only=trainer.deterministic == "warn")
+    # Memory that nobody wrote is never read here; filling it would cost a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.deterministic = bool(trainer.deterministic)
+    torch.backends.cudnn.benchmark = trainer.benchmark
+    torch.autograd.set_detect_anomaly(trainer.detect_anomaly)
+
+
+def check_launch(trainer: TrainerConfig) -> None:
+    """Raises UserError unless the launcher started what trainer.devices and trainer.num_nodes say."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    for key, wanted, started, unit in (
+        ("devices", trainer.devices, per_node, "processes per node (--num_processes over all nodes)"),
+        ("num_nodes", trainer.num_nodes, world_size() // per_node, "nodes (--num_machines)"),
+    ):
+        if wanted is not None and wanted != started:
+            raise UserError(
+                f"trainer.{key} is {wanted}, but the launcher started {started} {unit}; change one of the two, or "
+                f"leave trainer.{key} out"
+            )
+
+
+def strategy_of(accelerator: Accelerator) -> str:
+    """How the launcher spreads the run, by the name of its file in accelerate_configs/."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        offload = _offload_device(plugin.deepspeed_config) not in (None, "none")
+        return f"zero{plugin.zero_stage}" + ("_offload" if offload else "")
+    if accelerator.distributed_type == "FSDP":
+        return "fsdp2"
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def check_strategy(accelerator: Accelerator, trainer: TrainerConfig) -> None:
+    """Raises UserError unless the launcher set up trainer.strategy."""
+    found = strategy_of(accelerator)
+    if trainer.strategy not in ("auto", found):
+        raise UserError(
+            f"trainer.strategy is {trainer.strategy}, but the launcher set up {found}; launch with --config_file "
+            f"accelerate_configs/{'single_gpu' if trainer.strategy == 'single' else trainer.strategy}.yaml, or set "
+            "trainer.strategy=auto"
+        )
+
+
 def build_accelerator(trainer: TrainerConfig, micro_batches_per_window: int) -> Accelerator:
     """The Accelerator for what the launcher started: one process, DDP, FSDP2 or DeepSpeed. Collective.
 
@@ -151,6 +212,7 @@ def build_accelerator(trainer: TrainerConfig, micro_batches_per_window: int) -> 
             f"the launcher started {world_size()} processes but Accelerate formed a group of "
             f"{accelerator.num_processes} ({accelerator.distributed_type}); use a file from accelerate_configs/"
         )
+    check_strategy(accelerator, trainer)
     if deepspeed:
         _configure_deepspeed(accelerator, trainer, micro_batches_per_window)
     return accelerator
@@ -161,12 +223,16 @@ def check_offload(accelerator: Accelerator, optimizer_name: str) -> None:
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None or optimizer_name == "adamw":
         return
-    device = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    device = _offload_device(plugin.deepspeed_config)
     if device not in (None, "none"):
         raise UserError(
             f"optim.optimizer {optimizer_name} cannot be combined with offload_optimizer_device {device}: DeepSpeed "
             "would run Adam in its place; use optim.optimizer=adamw, or an Accelerate config without offload"
         )
+
+
+def _offload_device(deepspeed_config: dict[str, Any]) -> str | None:
+    return deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
 
 
 def _configure_deepspeed(accelerator: Accelerator, trainer: TrainerConfig, micro_batches: int) -> None:

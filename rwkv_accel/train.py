@@ -44,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             dry_run(config)
             return 0
+        if config.trainer.fast_dev_run:
+            from rwkv_accel.rehearsal import rehearse
+
+            rehearse(config)
+            return 0
         from rwkv_accel.loop import train
 
         train(config)

@@ -28,7 +28,14 @@ logger = logging.getLogger(__name__)
 
 # Sections that make a run this run, with the keys in them that may change on a resume.
 IDENTITY_SECTIONS = ("model", "peft", "data", "optim")
-IDENTITY_KEYS = ("trainer.seed", "trainer.precision", "trainer.l2wrap", "trainer.gradient_clip_val")
+IDENTITY_KEYS = (
+    "trainer.seed",
+    "trainer.precision",
+    "trainer.l2wrap",
+    "trainer.gradient_clip_val",
+    "trainer.limit_train_batches",
+    "trainer.overfit_batches",
+)
 FREE_KEYS = frozenset(
     {
         "model.path",  # the base is known by its digest, wherever it lies
@@ -36,7 +43,7 @@ FREE_KEYS = frozenset(
         "data.on_bad_line",
     }
 )
-LENGTH_KEYS = ("trainer.max_epochs", "trainer.max_steps")
+LENGTH_KEYS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_tokens")
 
 
 def find_resume(out_dir: str | Path, resume: str) -> Path | None:

@@ -4,10 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+
+
+def _count_or_share(value: int | float) -> int | float:
+    if isinstance(value, float) and not value <= 1 and value == int(value):
+        value = int(value)
+    if value <= 0 or (isinstance(value, float) and value > 1):
+        raise ValueError(f"write a number (1, 2, ...) or a share above 0 and at most 1.0, not {value}")
+    return value
+
+
+CountOrShare = Annotated[int | float, AfterValidator(_count_or_share)]
+"""3 is three, 0.5 is a half, 1.0 is all."""
+
+
+def share_of(limit: int | float | None, whole: int) -> int:
+    """How many of `whole` a number or a share allows: shares are rounded down, but not to nothing."""
+    if limit is None:
+        return whole
+    return max(1, int(limit * whole)) if isinstance(limit, float) else min(limit, whole)
 
 
 class Strict(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from rwkv_accel.config.base import NonNegative, Positive, Strict
+from rwkv_accel.config.base import CountOrShare, NonNegative, Positive, Strict
 
 
 class EvalConfig(Strict):
@@ -17,14 +17,14 @@ class EvalConfig(Strict):
     each with its own numbers; the first one decides."""
     split_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Without a path: share of the training documents that is held out for validation and never trained on."""
-    every_n_steps: Positive | None = None
-    """Evaluate every this many updates."""
+    every_n_steps: CountOrShare | None = None
+    """Evaluate every this many updates, or (0.25) every such share of an epoch's updates."""
     every_n_epochs: Positive | None = 1
     """Evaluate at the end of every this many epochs. None: never at an epoch's end."""
     at_start: bool = False
     """Evaluate before the first update."""
-    limit_batches: Positive | None = None
-    """Use only this many batches of each set (micro_batch_size rows per process each)."""
+    limit_batches: CountOrShare | None = None
+    """Use only this many batches of each set (micro_batch_size rows per process each), or this share of them."""
     keep_best: bool = True
     """Save the weights to out_dir/best whenever the validation loss is the lowest so far."""
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] | None = None

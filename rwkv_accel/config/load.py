@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -40,7 +42,34 @@ KNOWN_ELSEWHERE = {
     "beta1": "optim.betas",
     "beta2": "optim.betas",
     "adam_eps": "optim.eps",
+    "logger": "tracking.trackers",
+    "enable_progress_bar": "tracking.progress",
+    "default_root_dir": "out_dir",
+    "num_sanity_val_steps": "eval.at_start",
+    "val_check_interval": "eval.every_n_steps",
+    "check_val_every_n_epoch": "eval.every_n_epochs",
+    "limit_val_batches": "eval.limit_batches",
 }
+
+# Names of Lightning's Trainer that are taken as they stand: (section, key) -> (section, key) of this schema.
+SPELLINGS = {
+    ("trainer", "val_check_interval"): ("eval", "every_n_steps"),
+    ("trainer", "check_val_every_n_epoch"): ("eval", "every_n_epochs"),
+    ("trainer", "limit_val_batches"): ("eval", "limit_batches"),
+}
+
+logger = logging.getLogger(__name__)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers have no base 60: 1:12:00:00 is a time, not 259200."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, re.compile(r"(?!.*:)" + rule.pattern, re.X) if tag.endswith((":int", ":float")) else rule)
+            for tag, rule in rules]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}  # fmt: skip
 
 
 def leaf_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
@@ -64,6 +93,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         problem = _apply_override(tree, override)
         if problem:
             problems.append(problem)
+    problems += _respell(tree)
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -82,7 +112,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"recipe {path} does not exist{_nearest_file(path)}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -101,7 +131,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
     if not sep or not key or key.startswith("-"):
         return f"override {override!r} is not of the form key.sub=value, for example optim.lr_init=2e-5"
     try:
-        value = yaml.safe_load(text) if text else None
+        value = yaml.load(text, _Loader) if text else None
     except yaml.YAMLError:
         return f"override {override!r}: the value is not valid YAML; quote it"
     *sections, last = key.split(".")
@@ -114,6 +144,23 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
             return f"override {override!r}: {name} is a value, not a section"
     node[last] = value
     return None
+
+
+def _respell(tree: dict[str, Any]) -> list[str]:
+    """Put values under familiar names where they live here, saying so; problems where both names are given."""
+    problems = []
+    for (section, name), (home, key) in SPELLINGS.items():
+        if not isinstance(tree.get(section), dict) or name not in tree[section]:
+            continue
+        value = tree[section].pop(name)
+        target = tree.get(home)
+        target = tree[home] = {} if target is None else target
+        if not isinstance(target, dict) or key in target:
+            problems.append(f"set one of {section}.{name} and {home}.{key}, which is its name here")
+            continue
+        target[key] = value
+        logger.warning("%s.%s is %s.%s here; taken as that", section, name, home, key)
+    return problems
 
 
 def _describe(error: Any) -> str:

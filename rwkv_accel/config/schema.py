@@ -71,4 +71,9 @@ class RunConfig(Strict):
             raise ValueError(f"{why} and no whole to take eval.split_fraction from: give eval.path")
         if self.eval.path is not None and self.eval.every_n_steps is None:
             raise ValueError(f"{why}: set eval.every_n_steps")
+        if isinstance(self.eval.every_n_steps, float):
+            raise ValueError(f"{why} to take a share of: set eval.every_n_steps to a number of updates")
+        for key in ("max_tokens", "limit_train_batches", "overfit_batches"):
+            if getattr(self.trainer, key) is not None:
+                raise ValueError(f"{why} and no number of rows: set trainer.max_steps in place of trainer.{key}")
         return self

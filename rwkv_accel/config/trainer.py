@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rwkv_accel.config.base import NonNegative, Positive, Strict
+from rwkv_accel.config.base import CountOrShare, NonNegative, Positive, Strict
 from rwkv_accel.errors import UserError
+
+_UNIT_SECONDS = (1, 60, 3600, 86400)
 
 
 class TrainerConfig(Strict):
     """Length of the run, batch, precision and the engine's switches."""
 
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to compute. auto: GPUs where there are any. gpu: refuse to run without one. cpu: leave GPUs alone."""
+    strategy: Literal["auto", "single", "ddp", "fsdp2", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"] = (
+        "auto"
+    )
+    """Sharding that the launcher must have set up, by the name of the file in accelerate_configs/. auto: whatever it
+    has."""
+    devices: Positive | None = None
+    """Processes per node that the launcher must have started. None: whatever it has."""
+    num_nodes: Positive | None = None
+    """Nodes that the launcher must have started. None: whatever it has."""
     max_epochs: Positive = 1
     """Passes over the data."""
     max_steps: Positive | None = None
     """Stop after this many optimizer updates, even within an epoch. None: after max_epochs."""
+    min_steps: NonNegative = 0
+    """Optimizer updates before which neither early stopping nor max_time ends the run."""
+    max_tokens: Positive | None = None
+    """Stop after the update that completes this many tokens, padding excluded. The schedule ends there too."""
+    max_time: Annotated[float, Field(gt=0)] | None = None
+    """Seconds, or "DD:HH:MM:SS", from the start of the process: then the run saves and ends in order. The same command
+    continues it, with as much time again."""
+    limit_train_batches: CountOrShare | None = None
+    """Train on only this many updates' rows of each epoch: a number, or a share of the epoch (0.1)."""
+    overfit_batches: CountOrShare | None = None
+    """Train on the same first rows in every epoch, unshuffled: this many updates' worth, or a share of the data."""
+    fast_dev_run: NonNegative = 0
+    """Rehearse this many updates (true is 1) with evaluation, answers and saves, and remove all that was written.
+    0 or false: a real run."""
     micro_batch_size: Positive = 1
     """Rows per process and forward pass."""
     global_batch_size: Positive | None = None
@@ -30,6 +57,15 @@ class TrainerConfig(Strict):
     bf16-true: all weights bf16."""
     gradient_checkpointing: Literal["none", "block"] = "none"
     """block: keep only the input of each block and recompute the rest in the backward pass."""
+    deterministic: Literal[False, True, "warn"] = False
+    """true: the same bits in every run on the same hardware, or an error that names the operation that cannot. warn:
+    only say so."""
+    benchmark: bool = False
+    """Let cuDNN time its algorithms and keep the fastest."""
+    detect_anomaly: bool = False
+    """Stop at the first NaN of a backward pass with the forward operation that made it. Slow."""
+    profiler: Literal["pytorch"] | None = None
+    """pytorch: a trace of a few updates of the main process in out_dir/profile, for chrome://tracing or Perfetto."""
     l2wrap: Annotated[float, Field(ge=0)] = 1e-4
     """Strength of the pull of the largest logit towards 0 (gradient only). 0 switches it off."""
     loss_chunk_rows: Positive = 512
@@ -38,6 +74,28 @@ class TrainerConfig(Strict):
     """Seed of data order, adapter init and dropout."""
     log_every_n_steps: Positive = 1
     """Steps between log records; steps in between never wait for the device."""
+
+    @field_validator("max_time", mode="before")
+    @classmethod
+    def _seconds(cls, value: Any) -> Any:
+        if not isinstance(value, str) or ":" not in value:
+            return value
+        parts = value.split(":")
+        if len(parts) > len(_UNIT_SECONDS) or not all(part.isdecimal() for part in parts):
+            raise ValueError(f"write seconds or DD:HH:MM:SS (00:11:30:00 is eleven and a half hours), not {value!r}")
+        return sum(int(part) * unit for part, unit in zip(reversed(parts), _UNIT_SECONDS))
+
+    @model_validator(mode="after")
+    def _switches_fit(self) -> TrainerConfig:
+        if self.max_steps is not None and self.min_steps > self.max_steps:
+            raise ValueError(
+                f"set trainer.min_steps to at most trainer.max_steps: {self.min_steps} is above {self.max_steps}"
+            )
+        if self.limit_train_batches is not None and self.overfit_batches is not None:
+            raise ValueError("set one of trainer.limit_train_batches and trainer.overfit_batches, not both")
+        if self.deterministic and self.benchmark:
+            raise ValueError("set one of trainer.deterministic and trainer.benchmark: timing picks other algorithms")
+        return self
 
     @model_validator(mode="after")
     def _one_batch_size(self) -> TrainerConfig:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rwkv_accel.config.base import share_of
 from rwkv_accel.config.schema import DataConfig, TrainerConfig
 from rwkv_accel.data.batch import Batch, dummy_batch, pack_batch, pad_batch
 from rwkv_accel.data.binidx import open_binidx
@@ -37,6 +38,8 @@ from rwkv_accel.data.tokenizer import Tokenizer, build_tokenizer
 from rwkv_accel.errors import UserError
 
 PREFETCHED_WINDOWS = 2
+COUNTED_ROWS = 1 << 16
+"""Rows whose tokens are counted at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,11 @@ class TrainLoader:
         vocab_size: int,
         description: Sequence[str] = (),
     ) -> None:
-        self.rows_per_epoch = order.rows_per_epoch
         self.micro_batches_per_window = trainer.micro_batches(world_size)
         self.global_batch_size = self.micro_batches_per_window * trainer.micro_batch_size * world_size
+        limit = trainer.limit_train_batches if trainer.overfit_batches is None else trainer.overfit_batches
+        num_windows = share_of(limit, -(-order.rows_per_epoch // self.global_batch_size))
+        self.rows_per_epoch = min(order.rows_per_epoch, num_windows * self.global_batch_size)
         self._sources, self._order, self._description = sources, order, description
         self._stream = sources[0] if isinstance(sources[0], StreamRows) else None
         self._first_rows = np.cumsum([0, *(source.num_rows for source in sources)])
@@ -77,10 +82,11 @@ class TrainLoader:
     def windows_per_epoch(self) -> int:
         return -(-self.rows_per_epoch // self.global_batch_size)
 
-    def total_steps(self, max_epochs: int, max_steps: int | None) -> int:
-        """Optimizer updates of the whole run."""
+    def total_steps(self, max_epochs: int, max_steps: int | None, max_tokens: int | None = None) -> int:
+        """Optimizer updates of the whole run. Known before it begins, also for a number of tokens."""
         steps = max_epochs * self.windows_per_epoch
-        return steps if max_steps is None else min(steps, max_steps)
+        steps = steps if max_steps is None else min(steps, max_steps)
+        return steps if max_tokens is None else self._steps_of_tokens(max_tokens, steps)
 
     def windows(self, epoch: int, rows_consumed: int) -> Iterator[Window]:
         """The windows of an epoch that follow its first rows_consumed rows; the last one may be short.
@@ -120,6 +126,8 @@ class TrainLoader:
         if self._stream:
             return "\n".join(self._description)
         updates = f"data: {self.windows_per_epoch:,} updates of {self.global_batch_size} rows per epoch"
+        if self.rows_per_epoch < self._order.rows_per_epoch:
+            updates += f", limited to {self.rows_per_epoch:,} of {self._order.rows_per_epoch:,} rows"
         return "\n".join([*self._description, updates])
 
     @contextmanager
@@ -133,6 +141,33 @@ class TrainLoader:
             yield
         finally:
             self._stream.close()
+
+    def _steps_of_tokens(self, max_tokens: int, max_steps: int) -> int:
+        """Updates until max_tokens are reached, at most max_steps."""
+        steps, left, size = 0, max_tokens, self.global_batch_size
+        rows_at_a_time = -(-COUNTED_ROWS // size) * size
+        while True:
+            epoch, done = divmod(steps, self.windows_per_epoch)
+            first = done * size
+            positions = np.arange(first, min(first + rows_at_a_time, self.rows_per_epoch), dtype=np.int64)
+            tokens = np.add.reduceat(self._tokens_of_rows(epoch, positions), np.arange(0, len(positions), size))
+            needed = int(np.searchsorted(np.cumsum(tokens), left)) + 1
+            if needed <= len(tokens) or steps + len(tokens) >= max_steps:
+                return min(steps + needed, max_steps)
+            steps, left = steps + len(tokens), left - int(tokens.sum())
+
+    def _tokens_of_rows(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        # All rows of a flat stream are of one length, and their order is slow to name.
+        flat = isinstance(self._order, MagicPrimeOrder)
+        rows = positions if flat else self._order.rows_at(epoch, positions)
+        tokens = np.empty(len(rows), np.int64)
+        source_of = np.searchsorted(self._first_rows, rows, side="right") - 1
+        for index in np.unique(source_of).tolist():
+            chosen = source_of == index
+            source = self._sources[index]
+            assert isinstance(source, (PlannedRows, FlatRows)), "a stream's rows are not known beforehand"
+            tokens[chosen] = source.num_tokens(rows[chosen] - self._first_rows[index])
+        return tokens
 
     def _window(self, epoch: int, start: int) -> Window:
         stop = min(start + self.global_batch_size, self.rows_per_epoch)
@@ -188,7 +223,9 @@ def build_train_loader(
         if subset is not None:
             raise UserError("eval.split_fraction needs documents: with data.sampling magic_prime give eval.path")
         flat = _open_flat(data)
-        sources, order = [flat], MagicPrimeOrder(flat.num_rows)
+        sources = [flat]
+        overfit = trainer.overfit_batches is not None
+        order = FileOrder(flat.num_rows) if overfit else MagicPrimeOrder(flat.num_rows)
         lines = [f"data: {len(flat.binidx.tokens):,} tokens in {flat.num_rows:,} rows of {data.ctx_len} (magic prime)"]
     elif data.is_endless:
         if subset is not None:
@@ -233,7 +270,9 @@ def _open_flat(data: DataConfig) -> FlatRows:
 
 def _order(rows: list[PlannedRows], data: DataConfig, trainer: TrainerConfig, rows_per_window: int) -> RowOrder:
     sizes = [source.num_rows for source in rows]
-    if not data.shuffle:
+    if trainer.overfit_batches is not None and data.weights is not None:
+        raise UserError("trainer.overfit_batches takes the first rows as they stand; remove data.weights")
+    if not data.shuffle or trainer.overfit_batches is not None:
         return FileOrder(sum(sizes))
     if data.weights is not None:
         return MixtureOrder(sizes, data.weights, trainer.seed)

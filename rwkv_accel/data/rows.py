@@ -52,6 +52,16 @@ class PlannedRows:
             pieces.append(Piece(store.ids[begin:end], flags))
         return pieces
 
+    def num_tokens(self, rows: np.ndarray) -> np.ndarray:
+        """Input positions of each of the rows, int64."""
+        ends = self._tokens_before_row
+        return ends[rows + 1] - ends[rows]
+
+    @cached_property
+    def _tokens_before_row(self) -> np.ndarray:
+        before_piece = np.concatenate([[0], np.cumsum(self.plan.piece_length, dtype=np.int64)])
+        return before_piece[self.plan.row_offsets]
+
 
 @dataclass(frozen=True)
 class FlatRows:
@@ -71,6 +81,10 @@ class FlatRows:
     def pieces(self, row: int) -> list[Piece]:
         begin = row * self.ctx_len
         return [Piece(self.binidx.tokens[begin : begin + self.ctx_len + 1], None)]
+
+    def num_tokens(self, rows: np.ndarray) -> np.ndarray:
+        """Input positions of each of the rows, int64."""
+        return np.full(len(rows), self.ctx_len, np.int64)
 
 
 def plan_corpus(corpus: Corpus, data: DataConfig, run_first: RunFirst, subset: Subset | None = None) -> PlannedRows:

@@ -275,3 +275,53 @@ def test_a_mistake_in_the_thread_reaches_the_caller(texts, monkeypatch):
         seen.extend(loader.windows(0, 0))
     stream = loader.windows(0, 0)
     assert len([next(stream) for _ in range(4)]) == 4
+
+
+def tokens_by_step(loader, steps):
+    """Tokens of each of the first updates, counted from the batches themselves."""
+    windows = (w for epoch in range(steps) for w in loader.windows(epoch, 0))
+    return [sum(b.num_tokens for b in next(windows).batches) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("data", [{**PAD}, {"packing": "pack"}, {"packing": "bucket"}], ids=lambda d: str(d))
+@pytest.mark.parametrize("block", [1, 7, 1 << 16])
+def test_max_tokens_ends_with_the_update_that_reaches_them(texts, monkeypatch, data, block):
+    monkeypatch.setattr("rwkv_accel.data.loader.COUNTED_ROWS", block)
+    loader = make_loader(texts, trainer={"global_batch_size": 4}, **data)
+    per_step = tokens_by_step(loader, 3 * loader.windows_per_epoch)
+    for steps in (1, 2, len(per_step) - 1):
+        tokens = sum(per_step[:steps])
+        assert loader.total_steps(3, None, tokens) == steps
+        assert loader.total_steps(3, None, tokens + 1) == steps + 1
+        assert loader.total_steps(3, 1, tokens) == 1
+    assert loader.total_steps(3, None, 10**9) == len(per_step)
+
+
+def test_max_tokens_over_a_mixture(write_jsonl):
+    paths = (
+        write_jsonl([{"text": "a" * n} for n in range(3, 9)], "1.jsonl"),
+        write_jsonl([{"text": "b"}] * 9, "2.jsonl"),
+    )
+    loader = make_loader(paths, weights=(1, 3), trainer={"global_batch_size": 2}, **PAD)
+    per_step = tokens_by_step(loader, 12)
+    assert [loader.total_steps(9, None, sum(per_step[:n])) for n in range(1, 13)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(2, 8), (0.5, 12), (0.01, 4), (1.0, 23), (99, 23)])
+def test_limit_train_batches_shortens_every_epoch(texts, limit, rows):
+    loader = make_loader(texts, trainer={"global_batch_size": 4, "limit_train_batches": limit}, **PAD)
+    assert loader.rows_per_epoch == rows
+    assert loader.total_steps(3, None) == 3 * -(-rows // 4)
+    seen = [[b.sample_ids for w in loader.windows(epoch, 0) for b in w.batches] for epoch in (0, 1)]
+    assert sum(map(len, seen[0])) == rows
+    assert seen[0] != seen[1]
+    if rows < 23:
+        assert f"limited to {rows} of 23 rows" in loader.describe()
+
+
+def test_overfit_batches_repeats_the_first_rows_in_order(texts):
+    loader = make_loader(texts, trainer={"global_batch_size": 4, "overfit_batches": 2}, **PAD)
+    first, second = ([i for w in loader.windows(e, 0) for b in w.batches for i in b.sample_ids] for e in (0, 1))
+    assert first == second == list(range(8))
+    with pytest.raises(UserError, match=r"overfit_batches.*data\.weights"):
+        make_loader((texts, texts), weights=(1, 1), trainer={"overfit_batches": 1}, **PAD)

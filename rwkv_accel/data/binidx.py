@@ -38,6 +38,13 @@ class BinIdx:
     offsets: np.ndarray
     """int64, one more than documents: where each begins, in tokens."""
 
+    def highest_token(self, num_tokens: int) -> int:
+        """Largest of the first tokens, 0 without any. Read, not mapped: mapped pages would stay in memory."""
+        top, numbers = 0, _Numbers(self.path, self.tokens.dtype.str, 0, min(num_tokens, len(self.tokens)))
+        for begin in range(0, numbers.count, BLOCK_ITEMS):
+            top = max(top, int(numbers.read(begin, begin + BLOCK_ITEMS).max()))
+        return top
+
 
 def open_binidx(path: str | Path) -> BinIdx:
     """Open name.bin with name.idx; `path` is either of the two, or the name without a suffix.

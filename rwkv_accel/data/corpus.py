@@ -89,8 +89,7 @@ def _open_group(
     name = ", ".join(source.path for source in group)
     if group[0].is_binidx:
         binidx = open_binidx(group[0].path)
-        top = int(binidx.tokens[:SCANNED_TOKENS].max(initial=0))
-        store = store_of_binidx(binidx, budget, top)
+        store = store_of_binidx(binidx, budget, binidx.highest_token(SCANNED_TOKENS))
         index = binidx.path.with_suffix(".idx")
         return Corpus(name, store, ReadReport(), f"{content_digest(index, root)} {budget}" if root else None)
     limited = data.model_copy(update={"max_documents": budget})

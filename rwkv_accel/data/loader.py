@@ -7,7 +7,7 @@ at any position in O(1), also on another number of processes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class TrainLoader:
         steps = steps if max_steps is None else min(steps, max_steps)
         return steps if max_tokens is None else self._steps_of_tokens(max_tokens, steps)
 
-    def windows(self, epoch: int, rows_consumed: int) -> Iterator[Window]:
+    def windows(self, epoch: int, rows_consumed: int) -> Generator[Window, None, None]:
         """The windows of an epoch that follow its first rows_consumed rows; the last one may be short.
 
         A thread of its own prepares the next windows while one is trained on.

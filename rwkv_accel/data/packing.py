@@ -16,6 +16,7 @@ import numpy as np
 
 from rwkv_accel.data.sampler import permute
 from rwkv_accel.data.store import DocumentStore
+from rwkv_accel.progress import progress
 
 # Best fit runs within blocks of this many pieces, so that memory and time stay linear in the documents.
 BLOCK_PIECES = 1 << 17
@@ -118,7 +119,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     """Best-fit-decreasing bin packing, block by block; (order of the pieces, row offsets into that order)."""
     orders: list[np.ndarray] = []
     counts: list[np.ndarray] = []
-    for begin in range(0, len(lengths), BLOCK_PIECES):
+    for begin in progress(range(0, len(lengths), BLOCK_PIECES), "packing", unit="blocks of documents"):
         block = lengths[begin : begin + BLOCK_PIECES]
         row_of = _best_fit_block(block, capacity)
         orders.append(np.argsort(row_of, kind="stable") + begin)

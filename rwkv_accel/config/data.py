@@ -49,7 +49,8 @@ class DataConfig(Strict):
     """all: every turn of these roles is a target. last: only the last one of a conversation."""
     thinking: Literal["keep", "drop", "fast"] = "keep"
     """Reasoning (`reasoning_content`, or <think>..</think> at the head of a reply). keep: trained as the reply to
-    `Assistant: <think`. drop: left out. fast: as keep, and replies without it follow an empty think block."""
+    `Assistant: <think`. drop: left out. fast (template rwkv only): as keep, and replies without it follow an empty
+    think block."""
     tokenizer: str = "world"
     """world: RWKV World vocabulary (65536 ids). byte: one id per byte plus end of text (257 ids). Or the path of a
     Hugging Face tokenizer.json, or of the folder that holds it."""
@@ -88,6 +89,12 @@ class DataConfig(Strict):
     def _columns_pair(self) -> DataConfig:
         if (self.prompt_column is None) != (self.response_column is None):
             raise ValueError("data.prompt_column and data.response_column go together: set both or none")
+        return self
+
+    @model_validator(mode="after")
+    def _template_knows_fast(self) -> DataConfig:
+        if self.thinking == "fast" and self.template != "rwkv":
+            raise ValueError(f"data.thinking fast is a form of data.template rwkv, not of {self.template}; use keep")
         return self
 
     @model_validator(mode="after")

@@ -60,7 +60,7 @@ class DocumentReader:
         if self._is_chat:
             self._render = partial(render, thinking=data.thinking, **choice)
         elif data.template == "raw":
-            self._render = partial(render_raw, **choice)
+            self._render = partial(render_raw, thinking=data.thinking, **choice)
         else:
             self._render = partial(JinjaTemplate(data.template).render, thinking=data.thinking, **choice)
 

@@ -27,9 +27,11 @@ class JinjaTemplate:
         environment.globals["raise_exception"] = self._raise
         self._path, self._errors = Path(path), jinja2.TemplateError
         try:
-            self._template = environment.from_string(self._path.read_text(encoding="utf-8"))
+            source = self._path.read_text(encoding="utf-8")
+            self._template = environment.from_string(source)
         except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
             raise UserError(f"data.template {path} cannot be used: {error}") from None
+        self._knows_reasoning = "reasoning_content" in source
 
     def render(
         self,
@@ -43,7 +45,7 @@ class JinjaTemplate:
         """Spans of a conversation. A reply's span is all that the template puts after its generation
         prompt."""
         turns = read_turns(messages)
-        listed = [_message(turn, thinking) for turn in turns]
+        listed = [self._message(turn, thinking) for turn in turns]
         targets = target_indices(turns, target_roles, target_turns)
         spans: list[Span] = []
         done = ""
@@ -78,9 +80,11 @@ class JinjaTemplate:
     def _raise(self, message: str) -> None:
         raise self._errors(message)
 
-
-def _message(turn: Turn, thinking: str) -> dict[str, Any]:
-    message = {"role": turn.role, "content": turn.text}
-    if turn.reasoning is not None and thinking != "drop":
-        message["reasoning_content"] = turn.reasoning
-    return message
+    def _message(self, turn: Turn, thinking: str) -> dict[str, Any]:
+        """A turn as templates expect it. One that knows no `reasoning_content` would lose it without a word."""
+        if not self._knows_reasoning:
+            return {"role": turn.role, "content": turn.with_reasoning(thinking)}
+        message = {"role": turn.role, "content": turn.text}
+        if turn.reasoning is not None and thinking != "drop":
+            message["reasoning_content"] = turn.reasoning
+        return message

@@ -36,8 +36,16 @@ class Turn:
     text: str
     reasoning: str | None = None
     """What the assistant thought before the reply."""
+    content: str = ""
+    """The text as the data set has it: with a think block at its head, if it has one there."""
     is_trained: bool = True
     """False where the data set itself excludes the turn (`weight` 0, `gpt_ignore`)."""
+
+    def with_reasoning(self, thinking: str) -> str:
+        """The text with its reasoning in a think block, as it stands in the data set if it stands there."""
+        if self.reasoning is None or thinking == "drop":
+            return self.text
+        return self.content if self.content != self.text else f"<think>{self.reasoning}</think>{self.text}"
 
 
 def read_turns(messages: object, tools: object = None) -> list[Turn]:
@@ -79,11 +87,12 @@ def _read_turn(message: Any) -> Turn:
     reasoning = message.get("reasoning_content", message.get("reasoning"))
     if reasoning is not None and not isinstance(reasoning, str):
         raise UserError(f"the reasoning of a message must be text, got {shown(reasoning)}")
+    content = text
     block = THINK_BLOCK.fullmatch(text) if ROLES[role] == "assistant" and reasoning is None else None
     if block:
         reasoning, text = block[1], block[2]
     trained = role != "gpt_ignore" and message.get("weight") != 0
-    return Turn(ROLES[role], text, reasoning, trained)
+    return Turn(ROLES[role], text, reasoning, content, trained)
 
 
 def _text_of(content: Any, role: str) -> str:
@@ -119,5 +128,6 @@ def _with_tools(turns: list[Turn], tools: object) -> list[Turn]:
     listed = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
     text = f"You can call these functions: {listed}\nTo call functions, reply only with a JSON list of name, arguments."
     if turns[0].role == "system":
-        return [replace(turns[0], text=f"{turns[0].text}\n{text}"), *turns[1:]]
-    return [Turn("system", text), *turns]
+        text = f"{turns[0].text}\n{text}"
+        return [replace(turns[0], text=text, content=text), *turns[1:]]
+    return [Turn("system", text, content=text), *turns]

@@ -63,14 +63,21 @@ def render(
 
 
 def render_raw(
-    messages: object, *, target_roles: Sequence[str] = ("assistant",), target_turns: str = "all"
+    messages: object,
+    *,
+    target_roles: Sequence[str] = ("assistant",),
+    target_turns: str = "all",
+    thinking: str = "keep",
 ) -> list[Span]:
-    """Spans of the turns' texts side by side: no role names, nothing added and nothing cleaned."""
+    """Spans of the turns' texts side by side: no role names, nothing added and nothing cleaned.
+
+    Reasoning in a field of its own stands before the reply as a think block.
+    """
     turns = read_turns(messages)
     targets = target_indices(turns, target_roles, target_turns)
     replies = [turn.role == "assistant" for turn in turns]
     borders = [is_reply or (index > 0 and replies[index - 1]) for index, is_reply in enumerate(replies)]
-    return [Span(turn.text, index in targets, borders[index]) for index, turn in enumerate(turns)]
+    return [Span(turn.with_reasoning(thinking), index in targets, borders[index]) for index, turn in enumerate(turns)]
 
 
 def render_instruction(instruction: str, material: str, response: str) -> list[Span]:

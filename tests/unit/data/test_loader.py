@@ -71,13 +71,26 @@ def test_ragged_tail_has_as_many_micro_batches_on_every_rank(write_jsonl):
     assert (dummy.num_targets, dummy.num_tokens, dummy.labels_BT.unique().tolist()) == (0, 0, [-100])
 
 
-def test_resume_at_every_position_gives_the_same_rest(texts):
+ORDERS = [
+    PAD,
+    {"packing": "pack", "ctx_len": 10},
+    {"packing": "bucket"},
+    {"packing": "pad", "weights": (1, 2)},
+    {"packing": "pack", "ctx_len": 10, "weights": (3, 1)},
+]
+
+
+@pytest.mark.parametrize("data", ORDERS, ids=["pad", "pack", "bucket", "mixture", "packed mixture"])
+def test_resume_at_every_position_gives_the_same_rest(texts, write_jsonl, data):
     trainer = {"global_batch_size": 4}
-    whole = global_rows(texts, 1, trainer=trainer, **PAD)
+    if "weights" in data:
+        texts = (texts, write_jsonl([{"text": "y" * (2 + index % 5)} for index in range(9)], "second.jsonl"))
+    whole = global_rows(texts, 1, trainer=trainer, **data)
     flat = [i for w in whole for i in w]
-    for consumed in range(0, 24):
+    assert global_rows(texts, 1, trainer=trainer, **data) == whole
+    for consumed in range(0, len(flat) + 1):
         for world_size in (1, 2, 4):
-            rest = global_rows(texts, world_size, trainer=trainer, rows_consumed=consumed, **PAD)
+            rest = global_rows(texts, world_size, trainer=trainer, rows_consumed=consumed, **data)
             assert [i for w in rest for i in w] == flat[consumed:]
             if consumed % 4 == 0:
                 assert rest == whole[consumed // 4 :]

@@ -129,6 +129,7 @@ def test_bucket_of_mixed_kinds_is_refused(write_jsonl, tmp_path):
         ({"streaming": True, "sampling": "magic_prime"}, "sampling magic_prime needs all rows at once"),
         ({"sampling": "magic_prime", "max_documents": 3}, "one whole binidx"),
         ({"prompt_column": "q"}, "go together"),
+        ({"template": "raw", "thinking": "fast"}, "fast is a form of data.template rwkv, not of raw"),
     ],
 )
 def test_settings_that_contradict_each_other(data, problem):

@@ -132,9 +132,9 @@ def test_targets_decode_to_the_replies_and_end_of_text(turns):
         assert 0 not in ids[:-1]
 
 
-def targets_of(messages, **choice):
+def targets_of(messages, template=render, **choice):
     """The runs of targets as text, joined by "|"; 0 stands for end of text."""
-    ids, mask = encode_spans(BYTE, render(messages, **choice))
+    ids, mask = encode_spans(BYTE, template(messages, **choice))
     runs = groupby(zip(ids, mask), key=lambda pair: pair[1])
     texts = [[index for index, _ in run] for is_target, run in runs if is_target]
     return "|".join(BYTE.decode(run) + "0" * run.count(0) for run in texts)
@@ -283,6 +283,62 @@ def test_jinja_template(tmp_path):
         Span("<|assistant|>\n", False, False),
         Span("b<|end|>\n", True, True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("choice", "want"),
+    [
+        ({}, "a1<|end|>\n|a2<|end|>\n0"),
+        ({"target_turns": "last"}, "a2<|end|>\n0"),
+        ({"target_roles": ("user",)}, "<|user|>\nu1<|end|>\n|<|user|>\nu2<|end|>\n"),
+        ({"target_roles": ("system",)}, "<|system|>\nS<|end|>\n"),
+        ({"target_roles": ("tool",)}, ""),
+    ],
+)
+def test_roles_of_a_jinja_template(tmp_path, choice, want):
+    assert targets_of(LONG_CHAT, jinja(tmp_path, CHATML).render, **choice) == want
+
+
+@pytest.mark.parametrize(
+    ("choice", "want"),
+    [
+        ({}, "a1|a20"),
+        ({"target_turns": "last"}, "a20"),
+        ({"target_roles": ("user",)}, "u1|u2"),
+        ({"target_roles": ("user", "assistant")}, "u1a1u2a20"),
+        ({"target_roles": ("system",)}, "S"),
+    ],
+)
+def test_roles_of_the_raw_template(choice, want):
+    assert targets_of(LONG_CHAT, render_raw, **choice) == want
+
+
+@settings(max_examples=60, deadline=None)
+@given(TURNS)
+def test_targets_of_raw_and_jinja_decode_to_the_replies(tmp_path_factory, turns):
+    template = jinja(tmp_path_factory.getbasetemp(), CHATML)
+    spoken = [turn for turn in turns if turn[0] != "system" or turn[1].strip()]
+    replies = [content for role, content in spoken if role == "assistant"]
+    for shape, want in (
+        (render_raw, "".join(replies)),
+        (template.render, "".join(f"{reply}<|end|>\n" for reply in replies)),
+    ):
+        ids, mask = encode_spans(WORLD, shape(chat(*turns)))
+        assert WORLD.decode_bytes(i for i, m in zip(ids, mask) if m) == want.encode()
+        assert ids[-1] == 0
+
+
+def test_no_template_loses_reasoning(tmp_path):
+    inline = chat(("user", "q"), ("assistant", "\n<think>hm</think> a"))
+    apart = [*inline[:1], {"role": "assistant", "content": "a", "reasoning_content": "hm"}]
+    plain = jinja(tmp_path, CHATML).render
+    assert targets_of(inline, render_raw) == "\n<think>hm</think> a0"
+    assert targets_of(apart, render_raw) == "<think>hm</think>a0"
+    assert targets_of(inline, render_raw, thinking="drop") == " a0"
+    assert targets_of(inline, plain) == "\n<think>hm</think> a<|end|>\n0"
+    assert targets_of(apart, plain, thinking="drop") == "a<|end|>\n0"
+    knowing = jinja(tmp_path, CHATML.replace("{{ m.content }}", "{{ m.reasoning_content }}~{{ m.content }}")).render
+    assert targets_of(inline, knowing) == "hm~ a<|end|>\n0"
 
 
 def test_jinja_template_that_rewrites_history_is_refused(tmp_path):

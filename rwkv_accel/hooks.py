@@ -12,6 +12,7 @@ on_train_end     after the last update: the last save, the last answers and repo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rwkv_accel.checkpoint import CheckpointWriter, SaveCadence, save_checkpoint
+from rwkv_accel.checkpoint.collective import all_ranks
 from rwkv_accel.checkpoint.run_lock import RunLock
 from rwkv_accel.checkpoint.weights import BEST_DIR, WEIGHTS_DIR, save_weights
 from rwkv_accel.config.schema import OptimConfig, RunConfig
@@ -30,6 +32,7 @@ from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.errors import UserError
 from rwkv_accel.evaluation import EvalResult, evaluate
 from rwkv_accel.generation.engine import TextGenerator
+from rwkv_accel.guard import APPLIED, NONFINITE, OVERFLOW, UpdateGuard
 from rwkv_accel.interrupt import Stopped, StopRequest, generator_states, set_generator_states
 from rwkv_accel.limits import RunLimits
 from rwkv_accel.peft.apply import adapter_buffers
@@ -37,6 +40,7 @@ from rwkv_accel.profiling import StepProfiler
 from rwkv_accel.report import REPORT_FILE, write_report
 from rwkv_accel.runtime import EXIT_STOPPED, requeue_file, started_file, unwrap
 from rwkv_accel.schedules import lr_at, wd_at
+from rwkv_accel.skipped import leave_batch, nonfinite_help
 from rwkv_accel.state import TrainState
 from rwkv_accel.tracking import RunLog, StepRecord
 
@@ -55,6 +59,12 @@ class StepStats:
     grad_norm: Tensor
     num_targets: Tensor
     num_tokens: Tensor
+    verdict: Tensor
+    """One of guard.py's."""
+    batch_losses: list[Tensor]
+    """Loss sum of each micro-batch of this process."""
+    batch_rows: list[tuple[int, ...]]
+    """Rows of each micro-batch of this process."""
 
 
 @dataclass
@@ -66,6 +76,7 @@ class Run:
     model: Any
     optimizer: Optimizer
     log: RunLog
+    guard: UpdateGuard
     stop: StopRequest
     writer: CheckpointWriter
     cadence: SaveCadence
@@ -87,7 +98,8 @@ class Run:
     pending: list[tuple[StepStats, float, float]] = field(default_factory=list)
     """Stats, learning rate and weight decay of the updates whose scalars are still on the device."""
     unlogged: list[list[float]] = field(default_factory=list)
-    """[loss, grad norm, targets, tokens, lr, wd] of each update since the last record, already read from the device."""
+    """[loss, grad norm, targets, tokens, verdict, lr, wd] of each update since the last record, already read from the
+    device."""
     saved_step: int = -1
     checkpoint_step: int = -1
     started: bool = False
@@ -125,11 +137,16 @@ def read_pending(state: TrainState, run: Run) -> None:
     if not run.pending:
         return
     rows = torch.stack([_row(stats) for stats, _, _ in run.pending]).tolist()
-    rows = [[*row, lr, wd] for row, (_, lr, wd) in zip(rows, run.pending)]
-    run.pending.clear()
-    run.unlogged += rows
+    pending, run.pending = run.pending, []
+    run.unlogged += [[*row, lr, wd] for row, (_, lr, wd) in zip(rows, pending)]
     state.targets_seen += int(sum(row[2] for row in rows))
     state.tokens_seen += int(sum(row[3] for row in rows))
+    run.guard.read(state.health)
+    for step, row, (stats, _, _) in zip(range(state.step - len(rows) + 1, state.step + 1), rows, pending):
+        verdict = int(row[4])
+        state.health.count(verdict)
+        if verdict != APPLIED:
+            on_skipped(state, run, step, stats, verdict)
 
 
 def log_pending(state: TrainState, run: Run) -> None:
@@ -138,20 +155,42 @@ def log_pending(state: TrainState, run: Run) -> None:
     if not run.unlogged:
         return
     rows, run.unlogged = run.unlogged, []
-    targets = int(sum(row[2] for row in rows))
+    finite = [row for row in rows if math.isfinite(row[0])]
+    targets = sum(row[2] for row in finite)
     run.log.log_step(
         StepRecord(
             step=state.step,
             epoch=state.epoch,
-            loss=sum(row[0] * row[2] for row in rows) / max(targets, 1),
-            lr=rows[-1][4],
-            weight_decay=rows[-1][5],
+            loss=sum(row[0] * row[2] for row in finite) / max(targets, 1) if finite else math.nan,
+            lr=rows[-1][5],
+            weight_decay=rows[-1][6],
             grad_norm=rows[-1][1],
-            target_tokens=targets,
+            target_tokens=int(sum(row[2] for row in rows)),
             tokens=int(sum(row[3] for row in rows)),
             num_steps=len(rows),
+            skipped_steps=sum(row[4] != APPLIED for row in rows),
+            nonfinite_steps=state.health.nonfinite_steps,
+            loss_scale=state.health.loss_scale if run.guard.scales_loss else None,
         )
     )
+
+
+def on_skipped(state: TrainState, run: Run, step: int, stats: StepStats, verdict: int) -> None:
+    """Collective. Say that an update was not made, and why; leave its rows for a look; end the run after too many."""
+    health, limit = state.health, run.config.trainer.max_nonfinite_steps
+    if verdict == OVERFLOW:
+        return  # expected now and then, and no fault of the rows; the record counts it
+    batches = all_ranks(run.accelerator, list(zip(torch.stack(stats.batch_losses).tolist(), stats.batch_rows)))
+    if run.accelerator.is_main_process:
+        numbers = {"loss": float(stats.loss), "grad_norm": float(stats.grad_norm)}
+        run.log.message(
+            leave_batch(run.config, step=step, verdict=verdict, **numbers, batches=batches, loader=run.loader)
+        )
+    if verdict == NONFINITE and limit is not None and health.nonfinite_in_row >= limit:
+        log_pending(state, run)
+        run.writer.finish(run.accelerator)
+        run.log.close()
+        raise UserError(nonfinite_help(run.config, step, health.nonfinite_in_row))
 
 
 def on_evaluate(state: TrainState, run: Run) -> None:
@@ -353,4 +392,5 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def _row(stats: StepStats) -> Tensor:
-    return torch.stack([t.double() for t in (stats.loss, stats.grad_norm, stats.num_targets, stats.num_tokens)])
+    numbers = (stats.loss, stats.grad_norm, stats.num_targets, stats.num_tokens, stats.verdict)
+    return torch.stack([number.double() for number in numbers])

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from rwkv_accel.config.schema import RunConfig, TrainerConfig
+from rwkv_accel.config.schema import RunConfig
 from rwkv_accel.data.batch import Batch
+from rwkv_accel.guard import UpdateGuard
 from rwkv_accel.hooks import (
     Run,
     StepStats,
@@ -23,7 +23,7 @@ from rwkv_accel.hooks import (
     on_samples,
     on_train_end,
 )
-from rwkv_accel.interrupt import StopRequest, generator_states, set_generator_states
+from rwkv_accel.interrupt import generator_states, set_generator_states
 from rwkv_accel.run_setup import set_up
 from rwkv_accel.state import TrainState
 
@@ -39,7 +39,7 @@ def train(config: RunConfig) -> TrainState:
         run.model.train()
         for window in run.log.watch(loader.windows(state.epoch, state.rows_consumed)):
             on_batch_start(state, run.optimizer, config.optim, run.total_steps)
-            stats = train_window(run.accelerator, run.model, run.optimizer, window.batches, config.trainer, run.stop)
+            stats = train_window(run, window.batches)
             if stats is None:
                 on_interrupt(state, run)
             state.advance(window.num_rows)
@@ -70,14 +70,7 @@ def is_due(every: int | None, step: int, at_start: bool = False) -> bool:
     return at_start if step == 0 else every is not None and step % every == 0
 
 
-def train_window(
-    accelerator: Accelerator,
-    model: Any,
-    optimizer: Optimizer,
-    window: list[Batch],
-    trainer: TrainerConfig,
-    stop: StopRequest,
-) -> StepStats | None:
+def train_window(run: Run, window: list[Batch]) -> StepStats | None:
     """One optimizer update: the exact mean loss over every target token of every rank in the window. Collective.
 
     Counting targets before the first forward makes the update independent of how the rows are spread over
@@ -86,30 +79,31 @@ def train_window(
 
     Returns None when the ranks agreed to stop: nothing was updated, and the generators are back where they were.
     """
+    accelerator, model, guard = run.accelerator, run.model, run.guard
     device, last = accelerator.device, len(window) - 1
     numbers = (sum(b.num_targets for b in window), sum(b.num_tokens for b in window))
     # Filled on the device: copying them there from the host would wait for it.
     counts = torch.stack([torch.full((), number, dtype=torch.float64, device=device) for number in numbers])
     counts = accelerator.reduce(counts, "sum")
     num_targets = counts[0].clamp_min(1)
-    scale = (accelerator.gradient_accumulation_steps * accelerator.num_processes / num_targets).float()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / num_targets * guard.loss_scale
+    losses: list[Tensor] = []
     generators = generator_states(device)
     for index, batch in enumerate(window):
-        if stop.agreed():
+        if run.stop.agreed():
             set_generator_states(generators, device)
             return None
         # Set by hand: accelerator.accumulate() watches a prepared loader, and this one is not.
         accelerator.sync_gradients = index == last
         with nullcontext() if index == last else _no_sync(accelerator, model):
             loss = model(batch.ids_BT, batch.labels_BT, target_rows=batch.target_rows_R, cu_seqlens=batch.cu_seqlens)
-            accelerator.backward(loss * scale)
-            loss_sum += loss.detach()
-    grad_norm = _clip(accelerator, model, trainer.gradient_clip_val)
-    optimizer.step()  # DeepSpeed has stepped and cleared within the last backward; both calls do nothing there
-    optimizer.zero_grad()
-    loss_sum = accelerator.reduce(loss_sum, "sum")
-    return StepStats(loss_sum / num_targets, grad_norm, counts[0], counts[1])
+            losses.append(loss.detach())
+            if index == last:
+                mean_loss = accelerator.reduce(torch.stack(losses).double().sum(), "sum") / num_targets
+                scale = scale * guard.weigh(mean_loss)
+            accelerator.backward(loss * scale.float())
+    grad_norm = _step(run, guard)
+    return StepStats(mean_loss, grad_norm, counts[0], counts[1], guard.verdict, losses, [b.sample_ids for b in window])
 
 
 def _no_sync(accelerator: Accelerator, model: Any) -> Any:
@@ -117,14 +111,20 @@ def _no_sync(accelerator: Accelerator, model: Any) -> Any:
     return nullcontext() if _is_deepspeed(accelerator) else accelerator.no_sync(model)
 
 
-def _clip(accelerator: Accelerator, model: Any, max_norm: float) -> Tensor:
-    """Clip (DeepSpeed has done it in its step) and return the norm before clipping, as a device scalar."""
-    if _is_deepspeed(accelerator):
-        norm = model.get_global_grad_norm()
-        return torch.as_tensor(float("nan") if norm is None else norm, device=accelerator.device)
-    params = [p for p in model.parameters() if p.requires_grad]
-    norm = accelerator.clip_grad_norm_(params, max_norm if max_norm > 0 else float("inf"))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+def _step(run: Run, guard: UpdateGuard) -> Tensor:
+    """Unscale, clip, update; the gradient's norm before clipping, as a device scalar."""
+    if _is_deepspeed(run.accelerator):
+        # All of it has happened within the last backward.
+        norm = torch.as_tensor(run.model.get_global_grad_norm(), device=run.accelerator.device)
+        guard.judge(torch.as_tensor(run.model.was_step_applied(), device=norm.device))
+        return norm
+    params = [p for p in run.model.parameters() if p.requires_grad]
+    guard.unscale(params)
+    norm = run.accelerator.clip_grad_norm_(params, run.config.trainer.gradient_clip_val or float("inf"))
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    guard.step(run.optimizer, norm)
+    run.optimizer.zero_grad()
+    return norm
 
 
 def _is_deepspeed(accelerator: Accelerator) -> bool:

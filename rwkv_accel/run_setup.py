@@ -33,6 +33,7 @@ from rwkv_accel.data.packing import Subset
 from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.errors import UserError
 from rwkv_accel.evaluation import token_lengths
+from rwkv_accel.guard import UpdateGuard
 from rwkv_accel.hooks import Run
 from rwkv_accel.interrupt import StopRequest
 from rwkv_accel.limits import RunLimits
@@ -121,6 +122,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         model,
         optimizer,
         log,
+        UpdateGuard(trainer, state.health, accelerator.device),
         stop,
         CheckpointWriter(config.out_dir, config.checkpoint),
         SaveCadence(config.checkpoint),

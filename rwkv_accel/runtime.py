@@ -271,6 +271,14 @@ def check_engine(accelerator: Accelerator, model: Any, trainer: TrainerConfig, m
     )
     want = (trainer.gradient_clip_val, micro_batches, trainer.micro_batch_size)
     assert got == want, f"DeepSpeed engine has (clip, accumulation, micro batch) {got}, the recipe says {want}"
+    if not hasattr(model.optimizer, "overflow"):
+        raise UserError(
+            "DeepSpeed without ZeRO cannot leave out an update whose gradient is not finite; set zero_stage 1, 2 or 3 "
+            "in the Accelerate config, or use accelerate_configs/ddp.yaml"
+        )
+    if trainer.precision == "bf16-true":
+        # For bf16 parameters stages 1 and 2 look at the gradient only if they are told to.
+        model.optimizer.check_grad_overflow = True
 
 
 def _skip_shared_memory_op() -> None:

@@ -66,6 +66,11 @@ class TrainerConfig(Strict):
     """Stop at the first NaN of a backward pass with the forward operation that made it. Slow."""
     profiler: Literal["pytorch"] | None = None
     """pytorch: a trace of a few updates of the main process in out_dir/profile, for chrome://tracing or Perfetto."""
+    max_nonfinite_steps: Positive | None = 10
+    """End the run after this many updates in a row whose loss or gradient is not finite (each of them is skipped).
+    None: never. Noticed at the next log record."""
+    spike_guard_factor: Annotated[float, Field(gt=1)] | None = None
+    """Skip an update whose loss is above this multiple of the running mean loss (of about 50 updates). None: off."""
     l2wrap: Annotated[float, Field(ge=0)] = 1e-4
     """Strength of the pull of the largest logit towards 0 (gradient only). 0 switches it off."""
     loss_chunk_rows: Positive = 512

@@ -6,14 +6,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rwkv_accel.config.load import load_config
 from rwkv_accel.config.schema import RunConfig
 from rwkv_accel.errors import UserError
 from rwkv_accel.runtime import fail
+
+if TYPE_CHECKING:
+    from rwkv_accel.data.documents import Document
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,6 +34,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     preview = commands.add_parser("preview", parents=[source], help="show documents, tokens coloured by the loss mask")
     preview.add_argument("-n", "--num-documents", type=int, default=3, help="how many (default 3)")
     preview.add_argument("--skip", type=int, default=0, help="documents to pass over first")
+    preview.add_argument("--batch", type=Path, help="the documents of a file that a skipped update left in out_dir")
     preview.add_argument("--html", type=Path, help="write a page to this file instead")
     preview.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     lint = commands.add_parser("lint", parents=[source], help="find faults; exit code 1 if there are errors")
@@ -84,7 +89,11 @@ def run_preview(args: argparse.Namespace, config: RunConfig) -> int:
 
     tokenizer = build_tokenizer(config.data.tokenizer)
     documents = read_documents(config.data, tokenizer, ReadReport())
-    chosen = islice(documents, args.skip, args.skip + args.num_documents)
+    chosen: Iterator[Document] = islice(documents, args.skip, args.skip + args.num_documents)
+    if args.batch:
+        wanted = documents_of_batch(args.batch)
+        numbered = enumerate(islice(documents, max(wanted) + 1))
+        chosen = (document for number, document in numbered if number in wanted)
     first = next(chosen, None)
     if first is None:
         raise UserError(f"data.path {config.data.shown_path} holds no documents{' after these' if args.skip else ''}")
@@ -99,6 +108,22 @@ def run_preview(args: argparse.Namespace, config: RunConfig) -> int:
     colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
     write_lines(preview_text(shown, tokenizer, colour=colour))
     return 0
+
+
+def documents_of_batch(path: Path) -> set[int]:
+    """Numbers of the documents that a skipped update's file lists.
+
+    Raises:
+        UserError: it is no such file, or its data has no documents to show.
+    """
+    try:
+        batches = json.loads(path.read_bytes())["batches"]
+        wanted = {int(document) for batch in batches for document in batch["documents"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--batch {path} is not the file of a skipped update ({error})") from None
+    if not wanted:
+        raise UserError(f"--batch {path} lists no documents: the data is a stream or one flat run of tokens")
+    return wanted
 
 
 def run_lint(args: argparse.Namespace, config: RunConfig) -> int:

@@ -114,6 +114,15 @@ class TrainLoader:
             assert state is not None, "the checkpoint holds no place in the stream"
             self._stream.load_state_dict(state)
 
+    def documents(self, row: int) -> list[int]:
+        """Which documents, in the order of reading (`data preview --skip`), are in a row; empty for other data."""
+        index = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        source, local = self._sources[index], row - int(self._first_rows[index])
+        if not isinstance(source, PlannedRows):
+            return []
+        before = sum(s.store.num_documents for s in self._sources[:index] if isinstance(s, PlannedRows))
+        return [before + document for document in source.documents(local)]
+
     def left_out(self) -> str:
         """What a stream has left out so far; empty for data that describe() knows as a whole."""
         report = self._stream.report if self._stream else ReadReport()

@@ -62,6 +62,11 @@ class PlannedRows:
         before_piece = np.concatenate([[0], np.cumsum(self.plan.piece_length, dtype=np.int64)])
         return before_piece[self.plan.row_offsets]
 
+    def documents(self, row: int) -> list[int]:
+        """Documents of the store that are in a row."""
+        first, end = self.plan.row_offsets[row : row + 2]
+        return sorted(set(self.plan.piece_document[first:end].tolist()))
+
 
 @dataclass(frozen=True)
 class FlatRows:

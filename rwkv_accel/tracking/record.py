@@ -20,7 +20,8 @@ class StepRecord:
     epoch: int
     """Completed epochs: 0 while the first is running."""
     loss: float
-    """Mean loss per target token over the updates of this record, over all processes."""
+    """Mean loss per target token over the updates of this record, over all processes; losses that are not finite are
+    left out."""
     lr: float
     """Learning rate of the last update."""
     weight_decay: float
@@ -33,6 +34,12 @@ class StepRecord:
     """Tokens processed, padding excluded, over all processes and the updates of this record."""
     num_steps: int = 1
     """Updates that this record stands for."""
+    skipped_steps: int = 0
+    """How many of them were not made (not finite, a spike, an overflow of fp16)."""
+    nonfinite_steps: int = 0
+    """Updates of the whole run that were not made because the loss or the gradient was not finite."""
+    loss_scale: float | None = None
+    """Factor on the loss under 16-mixed; None elsewhere."""
 
 
 def json_ready(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -133,8 +134,9 @@ class MainRunLog(RunLog):
     def log_step(self, record: StepRecord) -> None:
         saved = self._state
         saved["smoothed_loss"] = smooth(saved["smoothed_loss"], record.loss, record.num_steps)
-        saved["epoch_loss_sum"] += record.loss * record.target_tokens
-        saved["epoch_targets"] += record.target_tokens
+        if math.isfinite(record.loss):
+            saved["epoch_loss_sum"] += record.loss * record.target_tokens
+            saved["epoch_targets"] += record.target_tokens
         saved["last_lr"] = record.lr
         rates = self._meter.update(
             num_steps=record.num_steps,
@@ -243,6 +245,9 @@ class MainRunLog(RunLog):
             "grad_norm": record.grad_norm,
             "target_tokens": record.target_tokens,
             "tokens": record.tokens,
+            "skipped_steps": record.skipped_steps,
+            "nonfinite_steps": record.nonfinite_steps,
+            **({} if record.loss_scale is None else {"loss_scale": record.loss_scale}),
             **timed,
             "memory_bytes": peak_memory_bytes(self._device),
         }

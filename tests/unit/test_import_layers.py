@@ -24,6 +24,8 @@ LAYERS = [
         "limits",
         "profiling",
         "metric_control",
+        "guard",
+        "skipped",
         "cluster",
         "report",
     },

@@ -15,7 +15,7 @@ from rwkv_accel.tracking.run_log import MainRunLog
 
 FIELDS = [
     "step", "epoch", "loss", "smoothed_loss", "lr", "weight_decay", "grad_norm", "target_tokens", "tokens",
-    "kt_s", "target_kt_s", "it_s", "wait_share", "wall_seconds", "memory_bytes",
+    "skipped_steps", "nonfinite_steps", "kt_s", "target_kt_s", "it_s", "wait_share", "wall_seconds", "memory_bytes",
 ]  # fmt: skip
 STEPS_PER_EPOCH = 5
 TOTAL = 15
@@ -76,7 +76,8 @@ def test_record_holds_the_numbers(open_log, clock, tmp_path):
     memory = second.pop("memory_bytes")
     assert 20 << 20 < memory < 1 << 36
     assert second == {
-        "step": 2, "epoch": 0, "loss": 2.0, "smoothed_loss": pytest.approx(3.96), "lr": 5e-4, "weight_decay": 0.1,
+        "step": 2, "epoch": 0, "skipped_steps": 0, "nonfinite_steps": 0, "loss": 2.0,
+        "smoothed_loss": pytest.approx(3.96), "lr": 5e-4, "weight_decay": 0.1,
         "grad_norm": 2 / 7, "target_tokens": 102, "tokens": 202, "kt_s": pytest.approx(0.0505),
         "target_kt_s": pytest.approx(0.0255), "it_s": pytest.approx(0.25), "wait_share": 0.0,
         "wall_seconds": pytest.approx(106),
@@ -149,7 +150,8 @@ def test_nan_step_is_null_and_leaves_the_smoothed_loss(open_log, tmp_path):
     assert [r["loss"] for r in records(tmp_path)] == [4.0, None, 4.0]
     assert [r["smoothed_loss"] for r in records(tmp_path)] == [4.0, 4.0, 4.0]
     log.epoch_line(1)
-    assert epoch_lines(tmp_path)[0][1:3] == ["nan", "nan"]
+    # The update was not made: the epoch's mean is over those that were.
+    assert epoch_lines(tmp_path)[0][1:3] == ["4.000000", "54.5982"]
 
 
 def test_progress_line_shows_what_a_user_looks_for(open_log, clock, capsys):

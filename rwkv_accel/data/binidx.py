@@ -45,6 +45,11 @@ class BinIdx:
             top = max(top, int(numbers.read(begin, begin + BLOCK_ITEMS).max()))
         return top
 
+    @property
+    def num_surplus(self) -> int:
+        """Tokens behind the last document, which no document holds."""
+        return len(self.tokens) - int(self.offsets[-1])
+
 
 def open_binidx(path: str | Path) -> BinIdx:
     """Open name.bin with name.idx; `path` is either of the two, or the name without a suffix.
@@ -101,25 +106,6 @@ def write_binidx(path: str | Path, documents: Iterable[Iterable[int]], dtype: ty
         part_bin.unlink(missing_ok=True)
         part_idx.unlink(missing_ok=True)
     return len(lengths), sum(lengths)
-
-
-def verify_binidx(binidx: BinIdx, vocab_size: int) -> list[str]:
-    """What a reader should know about the content: unknown tokens, documents without end of text, empty
-    ones."""
-    findings = []
-    lengths = np.diff(binidx.offsets)
-    top = int(binidx.tokens.max(initial=0))
-    bottom = int(binidx.tokens.min(initial=0))
-    if top >= vocab_size or bottom < 0:
-        findings.append(f"tokens from {bottom} to {top}, the vocabulary has {vocab_size}")
-    if empty := int((lengths == 0).sum()):
-        findings.append(f"{empty} empty documents")
-    ends = binidx.tokens[binidx.offsets[1:][lengths > 0] - 1]
-    if open_ended := int((ends != 0).sum()):
-        findings.append(f"{open_ended} documents do not end with token 0")
-    if surplus := len(binidx.tokens) - int(binidx.offsets[-1]):
-        findings.append(f"{surplus} tokens at the end belong to no document")
-    return findings
 
 
 def magic_prime(num_tokens: int, ctx_len: int) -> int:

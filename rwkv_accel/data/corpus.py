@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 from rwkv_accel.config.schema import DataConfig
@@ -77,7 +77,8 @@ def read_documents(data: DataConfig, tokenizer: Tokenizer, report: ReadReport) -
 
 def _binidx_documents(source: Source) -> Iterator[Document]:
     binidx = open_binidx(source.path)
-    for number, (begin, end) in enumerate(pairwise(binidx.offsets.tolist())):
+    for number in progress(range(len(binidx.offsets) - 1), f"reading {binidx.path.name}", unit="documents"):
+        begin, end = int(binidx.offsets[number]), int(binidx.offsets[number + 1])
         ids = binidx.tokens[begin:end].tolist()
         yield Document(f"{source.path} document {number}", ids, [True] * len(ids))
 

@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from rwkv_accel.data.binidx import magic_prime, magic_slot, open_binidx, verify_binidx, write_binidx
+from rwkv_accel.data.binidx import magic_prime, magic_slot, open_binidx, write_binidx
 from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.errors import UserError
 
@@ -90,19 +90,6 @@ def test_missing_partner(tmp_path):
     (tmp_path / "x.idx").unlink()
     with pytest.raises(UserError, match=r"x.idx does not exist; a binidx is name.bin with name.idx"):
         open_binidx(tmp_path / "x.bin")
-
-
-def test_verify(tmp_path):
-    write_binidx(tmp_path / "good", [[5, 0], [6, 0]])
-    assert verify_binidx(open_binidx(tmp_path / "good"), 257) == []
-    write_binidx(tmp_path / "bad", [[5, 300, 0], [], [6, 7]])
-    (tmp_path / "bad.bin").write_bytes((tmp_path / "bad.bin").read_bytes() + b"\x01\x00")
-    assert verify_binidx(open_binidx(tmp_path / "bad"), 257) == [
-        "tokens from 0 to 300, the vocabulary has 257",
-        "1 empty documents",
-        "1 documents do not end with token 0",
-        "1 tokens at the end belong to no document",
-    ]
 
 
 def test_published_magic_primes():

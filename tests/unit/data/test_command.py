@@ -96,6 +96,22 @@ def test_lint_of_clean_data(capsys, write_jsonl):
     assert run(capsys, "lint", write_jsonl([CHAT, {"text": "a"}])) == (0, "2 documents, nothing found\n", "")
 
 
+def test_lint_verifies_a_binidx(capsys, tmp_path):
+    write_binidx(tmp_path / "x", [[1, 2, 0], [3, 4], [], [7, 300, 0]])
+    with (tmp_path / "x.bin").open("ab") as file:
+        file.write(b"\x01\x00\x02\x00")
+    code, out, _ = run(capsys, "lint", tmp_path / "x.bin", BYTE)
+    first = f"first: {tmp_path}/x.bin"
+    assert code == 1
+    assert out.splitlines() == [
+        f"error: 1 (25.0%) documents without a target; nothing is learnt from them; {first} document 2",
+        f"error: 1 (25.0%) documents with tokens that the model does not have; {first} document 3",
+        "warning: 1 (25.0%) documents of a binidx that do not end with token 0; the model does not learn to stop "
+        f"there; {first} document 1",
+        f"warning: 2 tokens of a binidx that belong to no document; only data.sampling=magic_prime reads them; {first}",
+    ]
+
+
 def test_stats(capsys, write_jsonl):
     path = write_jsonl([{"text": "x" * n} for n in (3, 3, 4, 5, 6, 15)])
     code, out, _ = run(capsys, "stats", path, BYTE, "data.ctx_len=8", "--processes", 2)

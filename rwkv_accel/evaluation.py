@@ -1,4 +1,7 @@
-"""Exact validation loss of a model over data rows, under every strategy and on any number of processes."""
+"""Everything that an eval section asks for: exact losses over data rows, and the task files.
+
+Under every strategy and on any number of processes with the same results.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rwkv_accel.config.base import share_of
+from rwkv_accel.config.schema import EvalConfig
 from rwkv_accel.data.loader import TrainLoader
 from rwkv_accel.data.tokenizer import Tokenizer
 from rwkv_accel.interrupt import Stopped, StopRequest
+from rwkv_accel.tasks.answers import AnswerResult
+from rwkv_accel.tasks.choices import ChoiceResult
+from rwkv_accel.tasks.run import Tasks, run_tasks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,6 +48,56 @@ class EvalResult:
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers."""
         return self.loss_sum / math.log(2) / max(self.num_bytes, 1)
+
+    def values(self) -> dict[str, float]:
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "target_tokens": self.num_targets,
+        }
+
+    def describe(self) -> str:
+        return (
+            f"{self.name} loss {self.loss:.4f}, perplexity {self.perplexity:.3f}, "
+            f"{self.bits_per_byte:.4f} bits per byte over {self.num_targets:,} targets"
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one evaluation has found, in the order of the recipe."""
+
+    losses: tuple[EvalResult, ...] = ()
+    """The first one decides on the learning rate and the best weights."""
+    tasks: tuple[ChoiceResult | AnswerResult, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """The files of an eval section, read once and asked at every evaluation."""
+
+    config: EvalConfig
+    tokenizer: Tokenizer
+    token_lengths: torch.Tensor
+    """[V] bytes of each token."""
+    loss_sets: list[tuple[str, TrainLoader]]
+    """Names and rows."""
+    tasks: Tasks
+
+    def run(self, accelerator: Accelerator, model: Any, stop: StopRequest | None = None) -> Results:
+        """Ask everything. Collective; the same results on every rank.
+
+        Raises:
+            Stopped: on every rank, when one of them wants to stop.
+        """
+        options: dict[str, Any] = {"limit_batches": self.config.limit_batches, "stop": stop}
+        losses = [
+            evaluate(accelerator, model, loader, self.token_lengths, name=name, **options)
+            for name, loader in self.loss_sets
+        ]
+        tasks = run_tasks(accelerator, model, self.tasks, self.tokenizer, self.config, stop)
+        return Results(tuple(losses), tuple(tasks))
 
 
 def token_lengths(tokenizer: Tokenizer, vocab_size: int) -> torch.Tensor:

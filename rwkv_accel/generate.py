@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rwkv_accel.errors import UserError
+from rwkv_accel.generation.flags import add_model_flags
 from rwkv_accel.generation.params import SamplingParams, stop_texts
 from rwkv_accel.runtime import fail, set_environment_defaults
 
@@ -20,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog='Example: python -m rwkv_accel.generate out/demo "How do magnets work?" --greedy',
         allow_abbrev=False,
     )
-    parser.add_argument("path", help="run folder (its newest save), adapter folder, or checkpoint file")
+    model = add_model_flags(parser)
     parser.add_argument("prompts", nargs="*", metavar="prompt", help="question, put into the chat template")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without template")
 
@@ -29,14 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     modes.add_argument("--input", metavar="JSONL", help='batch job: a {"prompt": ...} per line, settings by key')
     modes.add_argument("--output", metavar="JSONL", help="results of --input")
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--base", help="base checkpoint, if not where the run or the adapter says")
-    model.add_argument("--adapter", help="adapter folder that goes onto the checkpoint PATH")
-    model.add_argument("--tokenizer", choices=("world", "byte"), help="default: what the run used, or by vocabulary")
-    model.add_argument("--precision", choices=("32-true", "bf16-true"), default="32-true")
     model.add_argument("--device", help="default: cuda if there is one, else cpu")
     model.add_argument("--batch-size", type=int, default=64, metavar="N", help="most replies written at once")
-    model.add_argument("--time-state", metavar="FILE", help="start from the state of a state-tuning file")
     model.add_argument("--memory", metavar="FILE", help="continue a conversation that --save-memory kept")
     model.add_argument("--save-memory", metavar="FILE", help="keep the conversation after the reply")
 
@@ -107,9 +102,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--memory already has a state; leave --time-state out")
     if args.num_beams < 0:
         raise UserError(f"num_beams {args.num_beams} is out of range; it must be 0 (sample) or above")
-    starts = args.memory or args.time_state or args.save_memory
-    if starts and (args.input or args.num_beams):
-        raise UserError("--memory, --save-memory and --time-state go with prompts or --chat, without --num-beams")
+    if (args.memory or args.save_memory) and (args.input or args.num_beams):
+        raise UserError("--memory and --save-memory go with prompts or --chat, without --num-beams")
     if args.save_memory and len(args.prompts) != 1:
         raise UserError("--save-memory keeps one conversation: give one prompt (in a chat, type /save FILE)")
 

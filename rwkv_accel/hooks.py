@@ -28,9 +28,9 @@ from rwkv_accel.checkpoint.weights import BEST_DIR, WEIGHTS_DIR, save_weights
 from rwkv_accel.config.schema import OptimConfig, RunConfig
 from rwkv_accel.data.loader import TrainLoader
 from rwkv_accel.data.template import TURN_END, chat_prompt
-from rwkv_accel.data.tokenizer import build_tokenizer
+from rwkv_accel.data.tokenizer import Tokenizer
 from rwkv_accel.errors import UserError
-from rwkv_accel.evaluation import EvalResult, evaluate
+from rwkv_accel.evaluation import EvalResult, Evaluator, Results
 from rwkv_accel.generation.engine import TextGenerator
 from rwkv_accel.guard import APPLIED, NONFINITE, OVERFLOW, UpdateGuard
 from rwkv_accel.interrupt import Stopped, StopRequest, generator_states, set_generator_states
@@ -87,9 +87,8 @@ class Run:
     profiler: StepProfiler
     base_path: str
     base_digest: str
-    eval_sets: list[tuple[str, TrainLoader]]
-    token_lengths: Tensor
-    """[V] bytes of each token."""
+    evaluator: Evaluator
+    tokenizer: Tokenizer
     identity: dict[str, Any]
     """The resolved recipe with the rows per update filled in: what a resume is compared with."""
     loader: TrainLoader
@@ -194,31 +193,32 @@ def on_skipped(state: TrainState, run: Run, step: int, stats: StepStats, verdict
 
 
 def on_evaluate(state: TrainState, run: Run) -> None:
-    """Collective. Validate on every set; the first one's loss decides on the rate, on `best/` and on stopping."""
+    """Collective. Validate on every set; the first loss decides on the rate, on `best/` and on stopping."""
     take_results(state, run, validate(state, run))
     state.evaluated_step = state.step
 
 
-def validate(state: TrainState, run: Run) -> list[EvalResult]:
+def validate(state: TrainState, run: Run) -> Results:
     """Collective. The result of each set. A stop saves and leaves here: nothing has been decided or logged yet."""
-    options: dict[str, Any] = {"limit_batches": run.config.eval.limit_batches, "stop": run.stop}
     try:
         with run.log.pause():
-            return [
-                evaluate(run.accelerator, run.model, loader, run.token_lengths, name=name, **options)
-                for name, loader in run.eval_sets
-            ]
+            return run.evaluator.run(run.accelerator, run.model, run.stop)
     except Stopped:
         on_interrupt(state, run)
 
 
-def take_results(state: TrainState, run: Run, results: list[EvalResult]) -> None:
-    """Collective. Log validation results and do what follows from the first one."""
-    config = run.config.eval
-    for result in results:
+def take_results(state: TrainState, run: Run, results: Results) -> None:
+    """Collective. Log validation results and do what follows from the first loss."""
+    for result in (*results.losses, *results.tasks):
         run.log.log_eval(state.step, state.epoch, result)
-    before = state.control.lr_factor
-    state.control.update(results[0].loss, state.step, config)
+    if results.losses:
+        _take_loss(state, run, results.losses[0])
+
+
+def _take_loss(state: TrainState, run: Run, result: EvalResult) -> None:
+    """Collective. What follows from the validation loss."""
+    config, before = run.config.eval, state.control.lr_factor
+    state.control.update(result.loss, state.step, config)
     if state.control.lr_factor != before:
         run.log.message(f"validation loss has stopped falling: learning rate x {state.control.lr_factor:g} from here")
     if config.keep_best and state.control.best_step == state.step:
@@ -232,14 +232,13 @@ def on_epoch_end(state: TrainState, run: Run) -> None:
     """
     log_pending(state, run)
     validate_every, save_every = run.config.eval.every_n_epochs, run.config.checkpoint.epoch_save
-    is_validated = run.eval_sets and validate_every and (state.epoch + 1) % validate_every == 0
+    is_validated = run.config.eval.is_on and validate_every and (state.epoch + 1) % validate_every == 0
     # The last update of the epoch may have been due for a validation of its own.
     is_validated = is_validated and state.evaluated_step != state.step
-    results = validate(state, run) if is_validated else []
+    results = validate(state, run) if is_validated else Results()
     state.end_epoch()
     run.log.epoch_line(state.epoch)
-    if results:
-        take_results(state, run, results)
+    take_results(state, run, results)
     if save_every and state.epoch % save_every == 0:
         save_latest(state, run, f"epoch-{state.epoch:04d}")
     on_checkpoint(state, run)
@@ -367,8 +366,7 @@ def _answers(run: Run) -> list[dict[str, Any]]:
     samples, model = run.config.samples, unwrap(run.model)
     was_training, generators = model.training, generator_states(run.accelerator.device)
     with run.log.pause():
-        tokenizer = build_tokenizer(run.config.data.tokenizer)
-        answers = TextGenerator(model.eval(), tokenizer, should_stop=run.stop.wanted).generate(
+        answers = TextGenerator(model.eval(), run.tokenizer, should_stop=run.stop.wanted).generate(
             [prompt if samples.raw else chat_prompt(prompt) for prompt in samples.prompts],
             max_new_tokens=samples.max_new_tokens,
             temperature=samples.temperature,

@@ -32,9 +32,9 @@ from rwkv_accel.data.loader import TrainLoader, build_train_loader
 from rwkv_accel.data.packing import Subset
 from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.errors import UserError
-from rwkv_accel.evaluation import token_lengths
+from rwkv_accel.evaluation import Evaluator, token_lengths
 from rwkv_accel.guard import UpdateGuard
-from rwkv_accel.hooks import Run
+from rwkv_accel.hooks import Run, is_sharded
 from rwkv_accel.interrupt import StopRequest
 from rwkv_accel.limits import RunLimits
 from rwkv_accel.model.config import RWKV7Config
@@ -57,6 +57,7 @@ from rwkv_accel.runtime import (
     world_size,
 )
 from rwkv_accel.state import TrainState
+from rwkv_accel.tasks.run import read_tasks
 from rwkv_accel.tracking import RunLog
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     resume_from = find_resume_on_all(accelerator, config.out_dir, config.checkpoint.resume)
     saved = read_state(resume_from) if resume_from else None
     on_main(accelerator, lambda: prepare_out_dir(config))
-    loader, eval_sets = build_loader(config, accelerator), build_eval_sets(config, accelerator)
+    loader, evaluator = build_loader(config, accelerator), build_evaluator(config, accelerator)
+    check_answers(config, accelerator)
     identity = identity_of(config, loader)
     if saved:
         check_same_run(saved["config"], identity)
@@ -132,8 +134,8 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         profiler=StepProfiler.open(trainer.profiler, config.out_dir, log.message, is_main=accelerator.is_main_process),
         base_path=str(base.path),
         base_digest=digest,
-        eval_sets=eval_sets,
-        token_lengths=token_lengths(build_tokenizer(config.data.tokenizer), model_shape(config).vocab_size),
+        evaluator=evaluator,
+        tokenizer=evaluator.tokenizer,
         identity=identity,
         loader=loader,
         lock=lock,
@@ -172,9 +174,26 @@ def build_loader(config: RunConfig, accelerator: Accelerator | None) -> TrainLoa
     return _loader(config, config.data, config.trainer, accelerator, subset)
 
 
+def build_evaluator(config: RunConfig, accelerator: Accelerator) -> Evaluator:
+    """Everything that the eval section asks for. Collective; a mistake in its files is found before the weights."""
+    tokenizer, vocab_size = build_tokenizer(config.data.tokenizer), model_shape(config).vocab_size
+    sets = build_eval_sets(config, accelerator)
+    lengths = token_lengths(tokenizer, vocab_size) if sets else torch.empty(0)
+    return Evaluator(config.eval, tokenizer, lengths, sets, read_tasks(config, tokenizer, vocab_size))
+
+
+def check_answers(config: RunConfig, accelerator: Accelerator) -> None:
+    """Raises UserError for eval.answers_path where no process holds whole weights to reply with."""
+    if config.eval.answers_path is not None and is_sharded(accelerator):
+        raise UserError(
+            "eval.answers_path needs whole weights, this Accelerate config shards them: take ddp, zero1 or zero2, or "
+            f"run `python -m rwkv_accel.evaluate {config.out_dir} --answers ...` after the run"
+        )
+
+
 def build_eval_sets(config: RunConfig, accelerator: Accelerator) -> list[tuple[str, TrainLoader]]:
     """(name, rows) of each validation set, in the order of the recipe."""
-    if not config.eval.is_on:
+    if not config.eval.has_loss:
         return []
     trainer = config.trainer.model_copy(
         update={
@@ -189,7 +208,8 @@ def build_eval_sets(config: RunConfig, accelerator: Accelerator) -> list[tuple[s
         data = config.data.model_copy(update={"shuffle": False, "weights": None})
         return [("validation", _loader(config, data, trainer, accelerator, subset))]
     paths = (config.eval.path,) if isinstance(config.eval.path, str) else config.eval.path
-    plain = {"shuffle": False, "weights": None, "max_documents": None, "sampling": "documents", "streaming": False}
+    plain: dict[str, Any] = {"shuffle": False, "weights": None, "sampling": "documents", "streaming": False}
+    plain["max_documents"] = config.eval.limit_examples
     return [
         (Path(path).stem, _loader(config, config.data.model_copy(update={**plain, "path": path}), trainer, accelerator))
         for path in paths
@@ -276,6 +296,7 @@ def dry_run(config: RunConfig) -> None:
     shape = model_shape(config)
     plan = make_plan(shape, config.peft)
     loader = build_loader(config, None)
+    read_tasks(config, build_tokenizer(config.data.tokenizer), shape.vocab_size)
     if is_main_process():
         trainer = config.trainer
         steps = loader.total_steps(trainer.max_epochs, trainer.max_steps, trainer.max_tokens)

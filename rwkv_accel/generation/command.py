@@ -21,7 +21,6 @@ from rwkv_accel.generation.loading import (
     default_device,
     find_source,
     load_generator_model,
-    load_time_state,
     model_id,
 )
 from rwkv_accel.generation.memory_file import load_memory, save_memory
@@ -46,10 +45,15 @@ def run(args: argparse.Namespace, params: SamplingParams) -> int:
     """Everything after the command line was checked; returns the exit code (128 + signal if interrupted)."""
     source = find_source(args.path, base=args.base, adapter=args.adapter)
     model, tokenizer = load_generator_model(
-        source, precision=args.precision, device=args.device or default_device(), tokenizer=args.tokenizer
+        source,
+        precision=args.precision,
+        device=args.device or default_device(),
+        tokenizer=args.tokenizer,
+        quant=args.quant,
+        time_state=args.time_state,
     )
     generator = TextGenerator(model, tokenizer, batch_size=args.batch_size)
-    start = _start(args, source, generator)
+    start = load_memory(args.memory, model, model_id=model_id(source)) if args.memory else None
     with stop_on_signal(generator) as signals:
         if args.input:
             _job(args, generator, params)
@@ -60,14 +64,6 @@ def run(args: argparse.Namespace, params: SamplingParams) -> int:
         else:
             _print_replies(args, generator, params, start, source)
     return 128 + signals.received[0] if signals.received else 0
-
-
-def _start(args: argparse.Namespace, source: Source, generator: TextGenerator) -> Memory | None:
-    if args.memory:
-        return load_memory(args.memory, generator.model, model_id=model_id(source))
-    if args.time_state:
-        return Memory(load_time_state(args.time_state, generator.model))
-    return None
 
 
 def _print_replies(

@@ -171,7 +171,8 @@ class TextGenerator:
                 on_text(piece.index, piece.text)
             if piece.completion is not None:
                 done[piece.index] = piece.completion
-        return [done[index] for index in range(len(requests))]
+        never_begun = Completion("", (), "interrupted")
+        return [done.get(index, never_begun) for index in range(len(requests))]
 
     def run(self, requests: Iterable[Request]) -> Iterator[Piece]:
         """Text of all requests as it becomes certain; requests are read only when a row is free for them.

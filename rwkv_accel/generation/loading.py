@@ -13,12 +13,14 @@ from rwkv_accel.config.schema import ModelConfig, RunConfig
 from rwkv_accel.data.tokenizer import Tokenizer, build_tokenizer
 from rwkv_accel.errors import UserError
 from rwkv_accel.generation.packed import pack_linears
+from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.io import checkpoint_digest, load_model, read_checkpoint
-from rwkv_accel.model.precision import Precision
+from rwkv_accel.model.precision import Precision, wide_dtype
 from rwkv_accel.model.rwkv7 import RWKV7
-from rwkv_accel.model.state import RWKV7State
 from rwkv_accel.peft.adapter_file import META_FILE, read_meta
-from rwkv_accel.peft.apply import load_model_and_apply_peft
+from rwkv_accel.peft.apply import Applier, load_model_and_apply_peft
+from rwkv_accel.peft.plan import Plan, linear_shapes, trainable_shapes
+from rwkv_accel.peft.quant import Quant
 
 CHECKPOINT_SUFFIXES = (".pth", ".safetensors")
 
@@ -66,15 +68,25 @@ def find_source(path: str | Path, *, base: str | Path | None = None, adapter: st
 
 
 def load_generator_model(
-    source: Source, *, precision: str = "32-true", device: str = "cpu", tokenizer: str | None = None
+    source: Source,
+    *,
+    precision: str = "32-true",
+    device: str = "cpu",
+    tokenizer: str | None = None,
+    quant: str | None = None,
+    time_state: str | Path | None = None,
 ) -> tuple[RWKV7, Tokenizer]:
     """The model, ready to generate, and its tokenizer.
 
+    `quant` (nf4, int8) stores the block matrices of a checkpoint quantised; `time_state` is a state-tuning file that
+    every sequence starts from, in place of states that the adapter may bring.
+
     Raises:
-        UserError: a file is broken, the adapter belongs to another base, or the tokenizer does not fit.
+        UserError: a file is broken, the adapter belongs to another base or to another quantisation of it, or the
+            tokenizer or the states do not fit.
     """
     config = read_checkpoint(source.base).config
-    words = build_tokenizer(tokenizer or source.tokenizer or _guess_tokenizer(config.vocab_size))
+    words = build_tokenizer(tokenizer or tokenizer_of(source))
     if words.vocab_size > config.vocab_size:
         raise UserError(
             f"tokenizer {words.name} has {words.vocab_size} ids, {source.base} only {config.vocab_size}; "
@@ -82,13 +94,29 @@ def load_generator_model(
         )
     dtypes = Precision.from_name(precision)
     if source.adapter is None:
-        model = load_model(source.base, dtypes)
+        model = load_model(source.base, dtypes, transform=_quantiser(config, quant, dtypes) if quant else None)
     else:
         peft = read_meta(source.adapter).config.model_copy(update={"load_path": str(source.adapter)})
+        if quant not in (None, peft.base_quant):
+            raise UserError(
+                f"--quant {quant}: the adapter was trained on a base stored as {peft.base_quant}; merge it first "
+                f"(python -m rwkv_accel.export {source.adapter} --to pth) and quantise the merged checkpoint"
+            )
         model = load_model_and_apply_peft(ModelConfig(path=str(source.base)), peft, precision=dtypes)
+    if time_state is not None:
+        _set_time_states(model, time_state)
     model = model.requires_grad_(False).eval().to(device)
     pack_linears(model)
     return model, words
+
+
+def tokenizer_of(source: Source) -> str:
+    """Name of the tokenizer that the run or the adapter used, or whose models have this many rows.
+
+    Raises:
+        UserError: no tokenizer fits.
+    """
+    return source.tokenizer or _guess_tokenizer(read_checkpoint(source.base).config.vocab_size)
 
 
 def model_id(source: Source) -> str:
@@ -97,8 +125,15 @@ def model_id(source: Source) -> str:
     return checkpoint_digest(source.base) + adapter
 
 
-def load_time_state(path: str | Path, model: RWKV7) -> RWKV7State:
-    """Start state (one row) from a state-tuning file of `blocks.i.att.time_state` [H,N,N], any container.
+def _quantiser(config: RWKV7Config, kind: str, dtypes: Precision) -> Applier:
+    """Stores the matrices of the blocks quantised while they are read, as training on a quantised base does."""
+    names = frozenset(name for name in linear_shapes(trainable_shapes(config)) if name != "head")
+    plan = Plan({}, None, trained=frozenset(), state_blocks=(), quantised=names, quant=Quant(kind))
+    return Applier(plan, dtypes, seed=0, frozen_tensors={})
+
+
+def _set_time_states(model: RWKV7, path: str | Path) -> None:
+    """Let every sequence start from a state-tuning file of `blocks.i.att.time_state` [H,N,N], any container.
 
     Raises:
         UserError: the file holds something else, or states of another model size.
@@ -113,10 +148,9 @@ def load_time_state(path: str | Path, model: RWKV7) -> RWKV7State:
             f"{path} is no state for this model ({found}); it must hold exactly {config.n_layer} tensors "
             f"blocks.i.att.time_state of shape {list(heads)}"
         )
-    device = model.ln_out.weight.device
-    state = RWKV7State.zeros(config, 1, dtype=model.compute_dtype, device=device)
-    state.wkv = [checkpoint[name].to(state.wkv[0]).unsqueeze(0) for name in expected]
-    return state
+    for layer, name in enumerate(expected):
+        tensor = checkpoint[name].to(wide_dtype(model.compute_dtype))
+        model.blocks[layer].att.time_state = torch.nn.Parameter(tensor, requires_grad=False)
 
 
 def default_device() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 # Fields of a record that depend on the clock and the machine. All others of a killed and resumed run equal those of
 # an undisturbed one.
@@ -40,6 +40,21 @@ class StepRecord:
     """Updates of the whole run that were not made because the loss or the gradient was not finite."""
     loss_scale: float | None = None
     """Factor on the loss under 16-mixed; None elsewhere."""
+
+
+class EvalRecord(Protocol):
+    """Results over one set of validation data, whatever was measured."""
+
+    @property
+    def name(self) -> str: ...
+
+    def values(self) -> dict[str, float]:
+        """Numbers for files and trackers."""
+        ...
+
+    def describe(self) -> str:
+        """One line for people, with the name."""
+        ...
 
 
 def json_ready(values: dict[str, Any]) -> dict[str, Any]:

@@ -15,13 +15,12 @@ from rwkv_accel.errors import UserError
 from rwkv_accel.tracking.loss_json import LossJson
 from rwkv_accel.tracking.meter import Meter, Rates, peak_memory_bytes, smooth
 from rwkv_accel.tracking.progress import Progress, duration
-from rwkv_accel.tracking.record import StepRecord
+from rwkv_accel.tracking.record import EvalRecord, StepRecord
 from rwkv_accel.tracking.trackers import Trackers, check_trackers, open_trackers
 from rwkv_accel.tracking.train_log import TrainLog
 
 if TYPE_CHECKING:
     from rwkv_accel.config.schema import RunConfig
-    from rwkv_accel.evaluation import EvalResult
 
 Item = TypeVar("Item")
 
@@ -56,7 +55,7 @@ class RunLog:
     def log_step(self, record: StepRecord) -> None:
         """One record into loss_data.json, the trackers and the progress display."""
 
-    def log_eval(self, step: int, epoch: int, result: EvalResult) -> None:
+    def log_eval(self, step: int, epoch: int, result: EvalRecord) -> None:
         """One validation result into eval_data.json, the trackers and the progress display."""
 
     def log_samples(self, step: int, epoch: int, samples: list[dict[str, Any]]) -> None:
@@ -150,20 +149,12 @@ class MainRunLog(RunLog):
         self._open_trackers().log({k: v for k, v in values.items() if k != "step"}, record.step)
         self._progress.show(record.step, _line(values, rates))
 
-    def log_eval(self, step: int, epoch: int, result: EvalResult) -> None:
-        values = {
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
-            "target_tokens": result.num_targets,
-        }
+    def log_eval(self, step: int, epoch: int, result: EvalRecord) -> None:
+        values = result.values()
         with self._writing():
             self._eval_json.append({"step": step, "epoch": epoch, "set": result.name, **values})
         self._open_trackers().log(values, step, section=f"eval/{result.name}")
-        self.message(
-            f"step {step}: {result.name} loss {result.loss:.4f}, perplexity {result.perplexity:.3f}, "
-            f"{result.bits_per_byte:.4f} bits per byte over {result.num_targets:,} targets"
-        )
+        self.message(f"step {step}: {result.describe()}")
 
     def log_samples(self, step: int, epoch: int, samples: list[dict[str, Any]]) -> None:
         stopped = sum(sample["stopped"] for sample in samples) / len(samples)

@@ -111,6 +111,96 @@ def test_loop_evaluates_keeps_the_best_and_stops_early(work):
     assert [record["loss"] for record in evals(work / "loop")] == losses
 
 
+def write_tasks(folder):
+    """Prompts long enough for several passes, and answers that a regular expression finds."""
+    words = [row["q"] + " " + row["a"] for row in map(json.loads, (folder / "train.jsonl").read_text().splitlines())]
+    with (folder / "choices.jsonl").open("w") as choices, (folder / "answers.jsonl").open("w") as answers:
+        for number, text in enumerate(words):
+            row = {"question": f"{text}, {text}?", "choices": [text[:5], text[4::-1], text[:7]], "answer": number % 2}
+            choices.write(json.dumps(row) + "\n")
+            if number < 5:
+                answers.write(json.dumps({"prompt": text, "answer": f"so it is #### {number}"}) + "\n")
+
+
+EVALUATE = ["--regex", "(.)", "--normalize", "case", "--max-new-tokens", "6", "--ctx-len", "96"]
+
+
+def evaluate_command(work, config, world, out, *args):
+    files = [part for kind in ("choices", "answers") for part in (f"--{kind}", work / f"{kind}.jsonl")]
+    done = launch(config, world, "-m", "rwkv_accel.evaluate", *args, *files, *EVALUATE, "--json", out)
+    return json.loads(out.read_text())["results"], done.stdout
+
+
+OTHERS = {"ddp": [("ddp", 3)], "sharded": [("ddp", 2), ("fsdp2", 2), ("zero3", 3)]}
+
+
+@pytest.mark.parametrize("config", ["ddp", pytest.param("sharded", marks=pytest.mark.long)])
+def test_command_gives_the_same_numbers_on_any_number_of_processes(work, config):
+    write_tasks(work)
+    data = ["--data", work / "valid.jsonl", "data.prompt_column=q", "data.response_column=a", "data.overlong=truncate"]
+    want, stdout = evaluate_command(work, "cpu", 1, work / "one.json", work / "base.pth", *data)
+    loss, targets, size = by_hand(work)
+    assert want[0]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert want[0]["target_tokens"] == targets
+    assert want[0]["bits_per_byte"] == pytest.approx(loss * targets / math.log(2) / size, rel=1e-6)
+    assert [(row["set"], row["kind"]) for row in want] == [
+        ("valid", "data"), ("choices", "choices"), ("answers", "answers"),
+    ]  # fmt: skip
+    assert [row.get("examples") for row in want] == [None, 40, 5]
+    assert [line.split()[:2] for line in stdout.splitlines()][2] == ["valid", "loss"]
+    for name, world in OTHERS[config]:
+        got, _ = evaluate_command(work, name, world, work / f"{name}.json", work / "base.pth", *data)
+        assert got[1:] == want[1:]
+        assert got[0].pop("set") == want[0].pop("set")
+        assert got[0].pop("kind") == want[0].pop("kind")
+        assert got[0] == pytest.approx(want[0], rel=1e-6)
+
+
+def tasks_recipe(work, **eval_keys):
+    return tree(
+        work,
+        peft={"method": "lora", "rank": 4},
+        optim={"lr_init": 0.1},
+        trainer={"global_batch_size": 6, "micro_batch_size": 1, "max_steps": 2},
+        eval={
+            "choices_path": str(work / "choices.jsonl"), "every_n_steps": 1, "every_n_epochs": None, "at_start": True,
+            **eval_keys,
+        },
+    )  # fmt: skip
+
+
+def test_loop_asks_the_task_files_and_writes_them_beside_the_loss(work):
+    write_tasks(work)
+    answers = {"answers_regex": "(.)", "answers_max_new_tokens": 5, "answers_batch_size": 2, "limit_examples": 20}
+    files = {"path": str(work / "valid.jsonl"), "answers_path": str(work / "answers.jsonl")}
+    path = write_recipe(work / "tasks.yaml", tasks_recipe(work, **files, **answers))
+    found = {}
+    for config, world in (("cpu", 1), ("ddp", 2)):
+        launch(config, world, "-m", "rwkv_accel.train", path, f"out_dir={work / f'tasks-{config}'}")
+        found[config] = evals(work / f"tasks-{config}")
+    one, two = ([row for row in found[config] if row["set"] != "valid"] for config in ("cpu", "ddp"))
+    assert [(row["step"], row["set"]) for row in one] == [(s, n) for s in (0, 1, 2) for n in ("choices", "answers")]
+    assert len({(row["accuracy"], row["accuracy_per_token"]) for row in one[::2]}) > 1
+    assert [row["examples"] for row in one[:2]] == [20, 5]
+    assert one[1]["no_answer_share"] == 0.0
+    assert one == two
+    assert (work / "tasks-cpu" / "best").is_dir()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
+def test_choices_are_scored_on_sharded_weights_and_answers_refused(work, config):
+    write_tasks(work)
+    path = write_recipe(work / "sharded.yaml", tasks_recipe(work))
+    for name, world in (("cpu", 1), (config, 2)):
+        launch(name, world, "-m", "rwkv_accel.train", path, f"out_dir={work / f'sharded-{name}'}")
+    assert evals(work / f"sharded-{config}") == evals(work / "sharded-cpu")
+    refused = launch(
+        config, 2, "-m", "rwkv_accel.train", path, f"eval.answers_path={work / 'answers.jsonl'}", check=False
+    )
+    assert "error: eval.answers_path needs whole weights" in refused.stderr
+
+
 def test_split_is_disjoint_complete_and_stable():
     import numpy as np
 

@@ -26,6 +26,7 @@ LAYERS = [
         "metric_control",
         "guard",
         "skipped",
+        "tasks",
         "cluster",
         "report",
     },

@@ -13,6 +13,7 @@ from rwkv_accel.runtime import is_main_process
 from rwkv_accel.tracking.run_log import EVAL_FILE, LOSS_FILE, SAMPLES_FILE
 
 MAX_NEW_TOKENS = 16
+MAX_EXAMPLES = 32
 
 
 def rehearse(config: RunConfig) -> None:
@@ -48,6 +49,8 @@ def rehearsal_config(config: RunConfig) -> RunConfig:
     evaluation: dict[str, Any] = {"every_n_epochs": None, "limit_batches": steps, "early_stop_patience": None}
     if config.eval.is_on:
         evaluation["every_n_steps"] = steps
+    evaluation["limit_examples"] = min(config.eval.limit_examples or MAX_EXAMPLES, MAX_EXAMPLES)
+    evaluation["answers_max_new_tokens"] = min(config.eval.answers_max_new_tokens, MAX_NEW_TOKENS)
     samples = {"every_n_steps": None, "max_new_tokens": min(config.samples.max_new_tokens, MAX_NEW_TOKENS)}
     return config.model_copy(
         update={
@@ -65,7 +68,9 @@ def summary(folder: Path) -> str:
     """What the rehearsal did, in one line."""
     losses, evaluations, samples = (_read(folder / name) for name in (LOSS_FILE, EVAL_FILE, SAMPLES_FILE))
     parts = [f"{len(losses)} updates, loss {losses[0]['loss']:.4f} to {losses[-1]['loss']:.4f}"]
-    parts += [f"{entry['set']} loss {entry['loss']:.4f}" for entry in evaluations]
+    for entry in evaluations:
+        measure = next(name for name in ("loss", "accuracy", "exact_match") if name in entry)
+        parts.append(f"{entry['set']} {measure.replace('_', ' ')} {entry[measure]:.4f}")
     parts += [f"{len(entry['samples'])} answers" for entry in samples]
     parts.append(f"saves written, {losses[-1]['memory_bytes'] / 2**30:.1f} GiB at the peak")
     return f"fast_dev_run: {'; '.join(parts)}. All of it works; {folder} is removed again"

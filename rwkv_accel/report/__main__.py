@@ -27,6 +27,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--points", type=int, default=4000, metavar="N", help="most points of a curve (default 4000); extremes are kept"
     )
     parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="score N documents with each run's newest weights and show their tokens by loss; later reports keep it",
+    )
+    parser.add_argument(
         "--serve",
         nargs="?",
         type=int,
@@ -42,6 +48,8 @@ def check(args: argparse.Namespace) -> None:
     """Raises UserError for values that make no sense."""
     if args.points < 100:
         raise UserError(f"--points {args.points} is too few for a curve; give 100 or more")
+    if args.tokens is not None and args.tokens < 1:
+        raise UserError(f"--tokens {args.tokens} shows nothing; give 1 or more documents, or leave it out")
     if args.serve is not None and not 0 <= args.serve < 1 << 16:
         raise UserError(f"--serve {args.serve} is no port; give 0 to 65535")
     if args.serve is not None and args.output:
@@ -55,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_environment_defaults()
     try:
         check(args)
+        if args.tokens is not None:
+            from rwkv_accel.report.tokens import write_token_losses
+
+            for run in args.runs:
+                write_token_losses(run, args.tokens)
         if args.serve is not None:
             from rwkv_accel.report.serve import serve
 

@@ -68,7 +68,7 @@ def read_run(folder: Path, name: str, num_points: int = NUM_POINTS) -> dict[str,
         "messages": timeline.messages,
         "events": timeline.events,
         "notes": _notes(columns, num_damaged, len(records), len(rows)),
-        "token_losses": _mapping(folder / TOKEN_LOSS_FILE) or None,
+        "token_losses": _token_losses(_mapping(folder / TOKEN_LOSS_FILE)),
     }
 
 
@@ -135,6 +135,12 @@ def _sample(record: dict[str, Any]) -> dict[str, Any]:
             for answer in known
         ],
     }
+
+
+def _token_losses(tree: dict[str, Any]) -> dict[str, Any] | None:
+    """What `--tokens` has left; None where it has left nothing."""
+    documents = tree.get("documents")
+    return tree if isinstance(documents, list) and documents else None
 
 
 def _mapping(path: Path) -> dict[str, Any]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rwkv_accel import __version__
 from rwkv_accel.checkpoint import (
     CheckpointWriter,
     SaveCadence,
@@ -24,7 +21,7 @@ from rwkv_accel.checkpoint import (
 from rwkv_accel.checkpoint.collective import on_main, once_per_node
 from rwkv_accel.checkpoint.portable import read_extra_tensors
 from rwkv_accel.checkpoint.run_lock import lock_run_folder
-from rwkv_accel.checkpoint.weights import INIT_FILE, RUN_FILE, base_checkpoint
+from rwkv_accel.checkpoint.weights import INIT_FILE, base_checkpoint
 from rwkv_accel.config.base import share_of
 from rwkv_accel.config.load import dump_config
 from rwkv_accel.config.schema import DataConfig, ModelConfig, RunConfig, TrainerConfig
@@ -46,6 +43,7 @@ from rwkv_accel.peft.apply import load_model_and_apply_peft, print_model_param
 from rwkv_accel.peft.plan import make_plan
 from rwkv_accel.profiling import StepProfiler
 from rwkv_accel.progress import set_progress_mode
+from rwkv_accel.run_facts import environment, model_facts
 from rwkv_accel.runtime import (
     build_accelerator,
     check_engine,
@@ -58,7 +56,8 @@ from rwkv_accel.runtime import (
 )
 from rwkv_accel.state import TrainState
 from rwkv_accel.tasks.run import read_tasks
-from rwkv_accel.tracking import RunLog
+from rwkv_accel.tracking import ENVIRONMENT_FILE, RUN_FILE, RunLog
+from rwkv_accel.tracking.flops import compute_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,6 +98,9 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     optimizer = build_optimizer(model, config.optim)
     if accelerator.is_main_process:
         print_model_param(model)
+    facts = on_main(accelerator, lambda: write_environment(config, {"model": model_facts(model)}))
+    gpu = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else None
+    compute = compute_of(model, gpu, accelerator.num_processes)
     model, optimizer = accelerator.prepare(model, optimizer)
     check_engine(accelerator, model, trainer, loader.micro_batches_per_window)
     state = TrainState()
@@ -113,6 +115,8 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         total_steps=total_steps,
         resume_step=state.step if saved else None,
         device=accelerator.device,
+        facts=facts,
+        compute=compute,
     )
     log.message(loader.describe())
     eval_every = config.eval.every_n_steps
@@ -274,21 +278,11 @@ def prepare_out_dir(config: RunConfig) -> None:
         raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}; choose another out_dir") from None
 
 
-def environment() -> dict[str, Any]:
-    """Versions, code and hardware of this run, for the record."""
-    from importlib.metadata import version
-
-    packages = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "pydantic", "safetensors")
-    return {
-        "rwkv_accel": __version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "world_size": world_size(),
-    }
+def write_environment(config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """Versions, code, hardware and these facts, as environment.json keeps them."""
+    facts = {**environment(), **facts}
+    _write_atomic(Path(config.out_dir) / ENVIRONMENT_FILE, json.dumps(facts, indent=1) + "\n")
+    return facts
 
 
 def dry_run(config: RunConfig) -> None:
@@ -304,17 +298,6 @@ def dry_run(config: RunConfig) -> None:
         print(f"trained: {len(plan.adapters)} adapters, {len(plan.trained)} base parameters")  # noqa: T201
         print(loader.describe())  # noqa: T201
         print(f"plan: {steps} updates of {loader.global_batch_size} rows")  # noqa: T201
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True, text=True, timeout=5, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def _write_atomic(path: Path, text: str) -> None:

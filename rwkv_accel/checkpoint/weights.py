@@ -22,6 +22,7 @@ from rwkv_accel.peft.adapter_file import META_FILE, AdapterMeta, peft_section, s
 from rwkv_accel.peft.apply import adapter_buffers
 from rwkv_accel.runtime import unwrap
 from rwkv_accel.state import TrainState
+from rwkv_accel.tracking import RUN_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 WEIGHTS_DIR = "adapter"
 BEST_DIR = "best"
 LATEST_FILE = "LATEST"
-RUN_FILE = "run.yaml"
 """The resolved recipe in a run folder."""
 INIT_FILE = "rwkv-init.pth"
 """The start weights in the folder of a run that made its own."""

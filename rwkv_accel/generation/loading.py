@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_accel.checkpoint.weights import INIT_FILE, RUN_FILE, base_checkpoint, latest_weights, run_folder_of
+from rwkv_accel.checkpoint.weights import INIT_FILE, base_checkpoint, latest_weights, run_folder_of
 from rwkv_accel.config.load import load_config
 from rwkv_accel.config.schema import ModelConfig, RunConfig
 from rwkv_accel.data.tokenizer import Tokenizer, build_tokenizer
@@ -21,6 +21,7 @@ from rwkv_accel.peft.adapter_file import META_FILE, read_meta
 from rwkv_accel.peft.apply import Applier, load_model_and_apply_peft
 from rwkv_accel.peft.plan import Plan, linear_shapes, trainable_shapes
 from rwkv_accel.peft.quant import Quant
+from rwkv_accel.tracking import RUN_FILE
 
 CHECKPOINT_SUFFIXES = (".pth", ".safetensors")
 

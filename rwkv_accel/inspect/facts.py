@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from rwkv_accel.checkpoint.format import MANIFEST_FILE, STATE_FILE, read_document, validate
-from rwkv_accel.checkpoint.weights import RUN_FILE, latest_weights
+from rwkv_accel.checkpoint.weights import latest_weights
 from rwkv_accel.errors import UserError
 from rwkv_accel.model.checkpoint_file import Checkpoint
 from rwkv_accel.model.io import checkpoint_digest, read_checkpoint
 from rwkv_accel.peft.adapter_file import META_FILE, AdapterMeta, read_adapter
 from rwkv_accel.peft.foreign import read_any_adapter
 from rwkv_accel.peft.hf_peft import HF_CONFIG_FILE
+from rwkv_accel.tracking import RUN_FILE
 
 Facts = dict[str, Any]
 

@@ -232,23 +232,27 @@ def print_model_param(model: nn.Module) -> None:
     print(describe_parameters(model))  # noqa: T201
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(in all, trained). Quantised and sharded parameters count whole."""
+    stored = _stored_counts(model)
+    total = trained = 0
+    for name, param in model.named_parameters():
+        count = getattr(param, "ds_numel", param.numel())
+        total += stored.get(name, count)
+        trained += count if param.requires_grad else 0
+    return total, trained
+
+
 def describe_parameters(model: nn.Module) -> str:
     """Numbers of parameters: in all, trained, per group, and bytes per dtype. Sharded parameters count
     whole.
     """
-    stored = {
-        f"{module_name}.{name}": module.in_features * module.out_features if name == "weight_codes" else 0
-        for module_name, module in model.named_modules()
-        if isinstance(module, FrozenLinear)
-        for name in module.stored_names
-    }
-    total, trained, groups, dtypes = 0, 0, Counter[str](), Counter[str]()
+    total, trained = count_parameters(model)
+    groups, dtypes = Counter[str](), Counter[str]()
     for name, param in model.named_parameters():
         count = getattr(param, "ds_numel", param.numel())
         dtypes[str(param.dtype).removeprefix("torch.")] += count * param.element_size()
-        total += stored.get(name, count)
         if param.requires_grad:
-            trained += count
             groups[group_of(name)] += count
     lines = [f"parameters: {total:,} in all, {trained:,} trained ({100 * trained / max(total, 1):.3f}%)"]
     lines += [
@@ -258,6 +262,16 @@ def describe_parameters(model: nn.Module) -> str:
     ]
     lines.append("  bytes: " + ", ".join(f"{name} {size:,}" for name, size in sorted(dtypes.items())))
     return "\n".join(lines)
+
+
+def _stored_counts(model: nn.Module) -> dict[str, int]:
+    """Values that the tensors of quantised weights stand for."""
+    return {
+        f"{module_name}.{name}": module.in_features * module.out_features if name == "weight_codes" else 0
+        for module_name, module in model.named_modules()
+        if isinstance(module, FrozenLinear)
+        for name in module.stored_names
+    }
 
 
 def adapter_names(model: nn.Module) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 # Fields of a record that depend on the clock and the machine. All others of a killed and resumed run equal those of
 # an undisturbed one.
-TIME_FIELDS = ("kt_s", "target_kt_s", "it_s", "wait_share", "memory_bytes", "wall_seconds")
+TIME_FIELDS = ("kt_s", "target_kt_s", "it_s", "wait_share", "memory_bytes", "wall_seconds", "mfu")
 
 
 @dataclass(frozen=True)

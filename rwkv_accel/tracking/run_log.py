@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rwkv_accel.errors import UserError
-from rwkv_accel.tracking.loss_json import LossJson
+from rwkv_accel.tracking.loss_json import LossJson, read_records
 from rwkv_accel.tracking.meter import Meter, Rates, peak_memory_bytes, smooth
 from rwkv_accel.tracking.progress import Progress, duration
 from rwkv_accel.tracking.record import EvalRecord, StepRecord
@@ -21,6 +21,7 @@ from rwkv_accel.tracking.train_log import TrainLog
 
 if TYPE_CHECKING:
     from rwkv_accel.config.schema import RunConfig
+    from rwkv_accel.tracking.flops import Compute
 
 Item = TypeVar("Item")
 
@@ -36,17 +37,30 @@ class RunLog:
     """The log of a rank that does not speak: takes every call and does nothing. `open` gives the main one its own."""
 
     @staticmethod
-    def open(config: RunConfig, *, is_main: bool, total_steps: int, resume_step: int | None, device: Any) -> RunLog:
+    def open(
+        config: RunConfig,
+        *,
+        is_main: bool,
+        total_steps: int,
+        resume_step: int | None,
+        device: Any,
+        facts: dict[str, Any] | None = None,
+        compute: Compute | None = None,
+    ) -> RunLog:
         """Start logging into config.out_dir. Not collective.
 
         Args:
             resume_step: records after it are dropped, and `restore` is called next. None: a fresh start, which drops
                 the records of an attempt that died before its first checkpoint.
+            facts: model size, versions, code and hardware, for the trackers.
+            compute: what the utilisation of the devices is computed from; None leaves it out.
 
         Raises:
             UserError: a tracker's package or key is missing, or the folder cannot be written.
         """
-        return MainRunLog(config, total_steps, resume_step, device) if is_main else RunLog()
+        if not is_main:
+            return RunLog()
+        return MainRunLog(config, total_steps, resume_step, device, facts=facts, compute=compute)
 
     def watch(self, windows: Iterable[Item]) -> Iterator[Item]:
         """Pass the loader's windows on and measure the time spent waiting for them."""
@@ -92,12 +106,15 @@ class MainRunLog(RunLog):
         resume_step: int | None,
         device: Any,
         *,
+        facts: dict[str, Any] | None = None,
+        compute: Compute | None = None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = datetime.now,
     ):
         wandb_mode, why_offline = check_trackers(config.tracking)
         self._wandb_mode = wandb_mode
         self._config, self._device, self._clock = config, device, clock
+        self._facts, self._compute = facts or {}, compute
         keep_until = -1 if resume_step is None else resume_step
         resume_step = resume_step or 0
         self._total_steps, self._resume_step = total_steps, resume_step
@@ -200,6 +217,7 @@ class MainRunLog(RunLog):
     def close(self) -> None:
         self._progress.close()
         if self._trackers is not None:
+            self._trackers.log_table("eval/table", read_records(self._out_dir / EVAL_FILE)[0])
             self._trackers.close()
         for file in self._files():
             file.close()
@@ -216,7 +234,7 @@ class MainRunLog(RunLog):
                     self._config.tracking,
                     wandb_mode=self._wandb_mode,
                     out_dir=self._out_dir,
-                    config=self._config.model_dump(mode="json"),
+                    config={**self._config.model_dump(mode="json"), "environment": self._facts},
                     resume_run_id=self._state["wandb_run_id"],
                     resume_step=self._resume_step,
                 )
@@ -226,6 +244,8 @@ class MainRunLog(RunLog):
     def _values(self, record: StepRecord, rates: Rates) -> dict[str, Any]:
         timed = asdict(rates)
         del timed["eta_seconds"]
+        if self._compute is not None:
+            timed["mfu"] = self._compute.utilisation(rates.kt_s, rates.target_kt_s)
         return {
             "step": record.step,
             "epoch": record.epoch,
@@ -255,8 +275,9 @@ class MainRunLog(RunLog):
 
 
 def _line(values: dict[str, Any], rates: Rates) -> str:
+    mfu = f" mfu {values['mfu']:.1%}" if "mfu" in values else ""
     return (
         f"epoch {values['epoch']} loss {values['loss']:.4f} (mean {values['smoothed_loss']:.4f}) "
-        f"lr {values['lr']:.2e} {rates.kt_s:.2f} Kt/s wait {rates.wait_share:.0%} "
+        f"lr {values['lr']:.2e} {rates.kt_s:.2f} Kt/s{mfu} wait {rates.wait_share:.0%} "
         f"mem {values['memory_bytes'] / 2**30:.1f} GiB eta {duration(rates.eta_seconds)}"
     )

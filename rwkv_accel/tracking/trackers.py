@@ -53,6 +53,21 @@ class Trackers:
             for number, sample in enumerate(samples):
                 self._writer.add_text(f"samples/{number}", f"{sample['prompt']}\n\n{sample['text']}", step)
 
+    def log_table(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Records with the columns that any of them has, as one table."""
+        if not records:
+            return
+        columns = list(dict.fromkeys(key for record in records for key in record))
+        rows = [[record.get(column) for column in columns] for record in records]
+        if self._wandb_run is not None:
+            import wandb
+
+            self._wandb_run.log({name: wandb.Table(columns, rows)})
+        if self._writer is not None:
+            lines: list[list[Any]] = [columns, ["---"] * len(columns), *rows]
+            text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+            self._writer.add_text(name, text, max(record["step"] for record in records))
+
     def close(self) -> None:
         if self._wandb_run is not None:
             self._wandb_run.finish()

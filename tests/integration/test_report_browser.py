@@ -296,6 +296,36 @@ def test_text_of_a_run_is_only_text(browser, tmp_path):
     assert browser.errors() == []
 
 
+def test_tokens_are_coloured_by_their_loss(browser, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    run = write_run(tmp_path / "run")
+    evil = "<b>x"
+    tokens = [
+        {"text": "Q:", "target": False, "loss": None},
+        {"text": evil, "target": False, "loss": 1.0, "expected": [["a", 0.5]]},
+        {"text": " low", "target": True, "loss": 0.5, "expected": [[" low", 0.60653], [evil, 0.25]]},
+        {"text": " high", "target": True, "loss": 8.0, "expected": [["\n", 0.75]]},
+    ]
+    document = {"place": "x", "loss": 4.25, "num_targets": 2, "num_left_out": 6, "tokens": tokens}
+    (run / "token_losses.json").write_text(json.dumps({"weights": "weights step-9", "documents": [document]}))
+    browser.open(write_report([run], tmp_path / "report.html"))
+    assert browser.text("#tokens .words") == f"Q:{evil} low high"
+    assert "mean loss 4.2500 over 2 targets, the first 4 tokens" in browser.text("#tokens h3")
+    shades = [span.value_of_css_property("background-color") for span in browser.find("#tokens .words span")]
+    assert shades[:2] == ["rgba(0, 0, 0, 0)"] * 2, "context has no shade"
+    opacities = [float(shade.split(",")[3].rstrip(")")) for shade in shades[2:]]
+    assert opacities == pytest.approx([0.7 / 16, 0.7], abs=0.01)
+    word = browser.find("#tokens .words .target")[0]
+    browser.run("arguments[0].scrollIntoView({block: 'center'})", word)
+    ActionChains(browser.driver, duration=0).move_to_element(word).perform()
+    facts = browser.text("#tokens .facts")
+    assert '" low" loss 0.5000, probability 60.7%' in facts
+    assert '" low" 60.7%' in facts
+    assert f'"{evil}" 25.0%' in facts
+    assert browser.errors() == []
+
+
 def test_lost_missing_and_empty_values(browser, tmp_path):
     lost = write_run(tmp_path / "lost", loss=lambda step: None if 40 <= step < 60 else 2.0, grad_norm=None)
     empty = tmp_path / "empty"

@@ -30,7 +30,7 @@ LAYERS = [
         "cluster",
         "report",
     },
-    {"hooks", "run_setup", "loop", "rehearsal"},
+    {"hooks", "run_facts", "run_setup", "loop", "rehearsal"},
     {
         "train",
         "generate",

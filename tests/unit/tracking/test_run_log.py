@@ -11,6 +11,7 @@ import pytest
 from rwkv_accel.errors import UserError
 from rwkv_accel.evaluation import EvalResult
 from rwkv_accel.tracking import TIME_FIELDS, RunLog, StepRecord
+from rwkv_accel.tracking.flops import Compute
 from rwkv_accel.tracking.run_log import MainRunLog
 
 FIELDS = [
@@ -164,6 +165,38 @@ def test_progress_line_shows_what_a_user_looks_for(open_log, clock, capsys):
     assert line.endswith("GiB eta 0:00:56")
 
 
+def test_utilisation_is_logged_and_shown_where_the_peak_is_known(make_config, clock, now, tmp_path, capsys):
+    compute = Compute(token_flops=2e9, target_flops=1e9, peak_flops=1e12)
+    log = MainRunLog(make_config(progress="lines"), TOTAL, 0, "cpu", compute=compute, clock=clock, now=now)
+    clock.advance(4)
+    log.log_step(step_record(1))
+    (record,) = records(tmp_path)
+    assert record["mfu"] == pytest.approx((201 * 2e9 + 101 * 1e9) / 4 / 1e12)
+    assert " 0.05 Kt/s mfu 12.6% wait " in capsys.readouterr().err
+
+
+def test_the_validation_table_holds_every_start(open_log, monkeypatch):
+    from rwkv_accel.evaluation import EvalResult
+    from rwkv_accel.tracking import run_log
+    from rwkv_accel.tracking.trackers import Trackers
+
+    tables = []
+
+    class Fake(Trackers):
+        def log_table(self, name, records):
+            tables.append((name, [(record["step"], record["set"], record["loss"]) for record in records]))
+
+    monkeypatch.setattr(run_log, "open_trackers", lambda *_, **__: Fake())
+    log = open_log()
+    log.log_eval(5, 0, EvalResult("code", 30.0, 10, 40))
+    saved = log.state()
+    log = open_log(resume_step=5)
+    log.restore(saved)
+    log.log_eval(10, 1, EvalResult("code", 20.0, 10, 40))
+    log.close()
+    assert tables == [("eval/table", [(5, "code", 3.0), (10, "code", 2.0)])]
+
+
 def test_messages_are_shown_and_kept(open_log, tmp_path, capsys):
     log = open_log()
     log.message("saved adapter/epoch-0001")
@@ -218,6 +251,9 @@ def test_wandb_run_id_travels_through_the_state(open_log, make_config, monkeypat
         def log(self, values, step):
             opened.append((sorted(values), step))
 
+        def log_table(self, name, records):
+            opened.append((name, records))
+
         def close(self):
             opened.append("closed")
 
@@ -238,7 +274,7 @@ def test_wandb_run_id_travels_through_the_state(open_log, make_config, monkeypat
     resumed.close()
     out_dir = make_config().out_dir
     names = sorted(set(FIELDS) - {"step"})
-    assert opened == [(None, 0, out_dir), (names, 1), ("abc123", 1, out_dir), (names, 2), "closed"]
+    assert opened == [(None, 0, out_dir), (names, 1), ("abc123", 1, out_dir), (names, 2), ("eval/table", []), "closed"]
 
 
 def test_starting_a_tracker_is_not_training_time(open_log, clock, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """wandb offline is written and read back, tensorboard too; modes and remedies without any network."""
 
+import json
 import struct
 import sys
 import time
@@ -98,6 +99,34 @@ def test_tensorboard_is_written_and_a_resume_hides_later_events(make_config, tmp
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5), (3, 8.0)]
     assert '"out_dir"' in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_both_at_once_with_samples_and_validations_as_tables(make_config, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install tensorboard)")
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config(trackers=["wandb", "tensorboard"], wandb_mode="offline")
+    trackers = open_for(config, tmp_path)
+    trackers.log({"loss": 2.5}, 3)
+    trackers.log_texts([{"prompt": "How?", "text": "So.", "stopped": True}], 3)
+    trackers.log_table("eval/table", [{"step": 1, "set": "a", "loss": 3.5}, {"step": 3, "set": "b", "accuracy": 0.5}])
+    trackers.log_table("eval/none", [])
+    trackers.close()
+    wandb.teardown()
+
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    tables = {path.parent.name: json.loads(path.read_text()) for path in folder.rglob("media/**/*.table.json")}
+    assert {name: (table["columns"], table["data"]) for name, table in tables.items()} == {
+        "eval": (["step", "set", "loss", "accuracy"], [[1, "a", 3.5, None], [3, "b", None, 0.5]]),
+        "samples": (["prompt", "text", "stopped"], [["How?", "So.", True]]),
+    }
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 2.5)]
+    text = events.Tensors("eval/table/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| step | set | loss | accuracy |" in text
+    assert "| 3 | b | None | 0.5 |" in text
+    assert "How?\n\nSo." in events.Tensors("samples/0/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
 @pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "tensorboard")])

@@ -188,6 +188,11 @@ def build_accelerator(trainer: TrainerConfig, micro_batches_per_window: int) -> 
     has_gpu = torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     fsdp_on_cpu = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not has_gpu
+    if deepspeed and trainer.precision == "16-mixed":
+        raise UserError(
+            "trainer.precision 16-mixed is not offered under DeepSpeed, whose update scales the loss for fp16 weights "
+            "only; use bf16-mixed, or accelerate_configs/ddp.yaml or fsdp2.yaml"
+        )
     if deepspeed and not has_gpu:
         _skip_shared_memory_op()
     timeout = timedelta(seconds=PROCESS_GROUP_TIMEOUT_SECONDS)

@@ -52,9 +52,9 @@ class TrainerConfig(Strict):
     """Micro-batches per process and update; the other way to say global_batch_size. Default 1."""
     gradient_clip_val: Annotated[float, Field(ge=0)] = 1.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
-    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
     """32-true: all fp32. bf16-mixed: frozen weights and arithmetic in bf16, trained weights and moments fp32.
-    bf16-true: all weights bf16."""
+    16-mixed: the same in fp16, with a loss scale that adapts, for GPUs without bf16. bf16-true: all weights bf16."""
     gradient_checkpointing: Literal["none", "block"] = "none"
     """block: keep only the input of each block and recompute the rest in the backward pass."""
     deterministic: Literal[False, True, "warn"] = False

@@ -116,5 +116,5 @@ class _ChunkedLossSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        d_h_RC, *d_trained = (None if d is None else d * grad_output.to(d.dtype) for d in ctx.saved_tensors)
+        d_h_RC, *d_trained = (None if d is None else d * grad_output for d in ctx.saved_tensors)
         return (None, d_h_RC, None, None, None, *d_trained)

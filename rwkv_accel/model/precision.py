@@ -17,7 +17,7 @@ class Precision:
 
     @classmethod
     def from_name(cls, name: str) -> Precision:
-        """Dtypes of a `trainer.precision` name: 32-true, bf16-mixed, bf16-true. ValueError for others."""
+        """Dtypes of a `trainer.precision` name: 32-true, bf16-mixed, 16-mixed, bf16-true. ValueError for others."""
         if name not in _BY_NAME:
             raise ValueError(f"unknown precision {name!r}; use one of {', '.join(_BY_NAME)}")
         return cls(*_BY_NAME[name])
@@ -26,6 +26,7 @@ class Precision:
 _BY_NAME = {
     "32-true": (torch.float32, torch.float32, torch.float32),
     "bf16-mixed": (torch.bfloat16, torch.bfloat16, torch.float32),
+    "16-mixed": (torch.float16, torch.float16, torch.float32),
     "bf16-true": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
 }
 

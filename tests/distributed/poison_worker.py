@@ -36,7 +36,7 @@ class InfiniteGradient(torch.autograd.Function):
 
 def main(recipe, poison, expect=None, fused=False):
     set_environment_defaults()
-    guard.MIN_LOSSES = 3
+    guard.MIN_LOSSES = guard.GROWTH_INTERVAL = 3
     spoil(poison)
     if fused:
         optim.AdamW = partial(torch.optim.AdamW, fused=True)

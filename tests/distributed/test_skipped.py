@@ -140,3 +140,40 @@ def test_spike_is_skipped_and_told(work):
     assert (out_dir / "spikes" / "step-00000005.json").is_file()
     unguarded = run(work, "unguarded", "ddp", 2, {5: "spike"})
     assert [r["skipped_steps"] for r in records(unguarded)] == [0] * 6
+
+
+def test_fp16_overflow_lowers_the_scale_and_continues_exactly(work):
+    spoilt = {2: "gradient", 5: "loss"}
+    options = {"checkpoint": {"every_n_steps": 2, "keep_last": 9}, "precision": "16-mixed", "gradient_clip_val": 0.1}
+    whole = run(work, "fp16", "cpu", 1, spoilt, max_steps=8, **options)
+    scales = [r["loss_scale"] for r in json.loads((whole / "loss_data.json").read_text())]
+    # Halved by the overflow, doubled after three updates without one; a loss that is not finite is not its fault.
+    assert [scale / 2**16 for scale in scales] == [1, 0.5, 0.5, 0.5, 0.5, 1, 1, 1]
+    seen = records(whole)
+    assert [r["skipped_steps"] for r in seen] == [0, 1, 0, 0, 1, 0, 0, 0]
+    assert [r["nonfinite_steps"] for r in seen] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [p.name for p in (whole / "nonfinite").iterdir()] == ["step-00000005.json"]
+    shutil.copytree(whole, work / "fp16-part")
+    for folder in (work / "fp16-part" / "checkpoints").iterdir():
+        if folder.name != "step-00000002":
+            shutil.rmtree(folder)
+    part = run(work, "fp16-part", "cpu", 1, spoilt, max_steps=8, **options)
+    assert "step 2 of 8" in (work / "fp16-part.log").read_text()
+    (ours, saved), (theirs, wanted) = learned(part, 8), learned(whole, 8)
+    assert saved["state"] == wanted["state"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert records(part) == seen
+
+
+@pytest.mark.parametrize(("config", "world"), [("ddp", 2), ("fsdp2", 2)])
+def test_fp16_trains_like_fp32(work, config, world):
+    half = run(work, f"half-{config}", config, world, {}, precision="16-mixed", gradient_clip_val=0.1)
+    whole = run(work, f"single-{config}", config, world, {}, gradient_clip_val=0.1)
+    for ours, theirs in zip(records(half), records(whole), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+        assert ours["skipped_steps"] == 0
+
+
+def test_fp16_is_refused_under_deepspeed(work):
+    run(work, "fp16-zero", "zero2", 1, {}, expect="16-mixed is not offered under DeepSpeed", precision="16-mixed")

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from rwkv_accel import guard as guard_module
 from rwkv_accel.config.schema import TrainerConfig
 from rwkv_accel.guard import APPLIED, MEAN_DECAY, NONFINITE, OVERFLOW, SPIKE, Health, UpdateGuard
 
@@ -86,3 +87,42 @@ def test_counts():
     assert (health.nonfinite_in_row, health.nonfinite_steps, health.overflow_steps) == (3, 3, 1)
     health.count(SPIKE)
     assert (health.nonfinite_in_row, health.spike_steps, health.nonfinite_steps) == (0, 1, 3)
+
+
+def test_scale_follows_torch_grad_scaler(monkeypatch):
+    monkeypatch.setattr(guard_module, "GROWTH_INTERVAL", 4)
+    rng = random.Random(0)
+    param = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([param], lr=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=guard_module.INITIAL_SCALE, growth_interval=4)
+    health = Health()
+    trainer = TrainerConfig(precision="16-mixed")
+    guard = UpdateGuard(trainer, health, CPU)
+    scales = []
+    for _ in range(200):
+        overflows = rng.random() < 0.2
+        param.grad = scaler.scale(torch.tensor([torch.inf if overflows else 1.0]))
+        scaler.step(optimizer)
+        scaler.update()
+        assert decide(guard, 1.0, torch.inf if overflows else 1.0) == (OVERFLOW if overflows else APPLIED)
+        assert float(guard.loss_scale) == scaler.get_scale()
+        scales.append(scaler.get_scale())
+        guard.read(health)
+        guard = UpdateGuard(trainer, Health.from_state_dict(health.state_dict()), CPU)
+    assert min(scales) < guard_module.INITIAL_SCALE < max(scales)
+
+
+def test_overflow_at_the_floor_is_not_finite():
+    guard = UpdateGuard(TrainerConfig(precision="16-mixed"), Health(loss_scale=4.0), CPU)
+    verdicts = [decide(guard, 1.0, torch.inf) for _ in range(4)]
+    assert verdicts == [OVERFLOW, OVERFLOW, NONFINITE, NONFINITE]
+    assert float(guard.loss_scale) == 1.0
+
+
+def test_unscale_takes_the_scale_out_exactly():
+    guard = UpdateGuard(TrainerConfig(precision="16-mixed"), Health(), CPU)
+    param = torch.nn.Parameter(torch.zeros(5))
+    grad = torch.randn(5)
+    param.grad = grad * float(guard.loss_scale)
+    guard.unscale([param])
+    assert torch.equal(param.grad, grad)

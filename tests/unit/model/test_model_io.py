@@ -58,7 +58,7 @@ def test_precision_sets_the_dtypes(tmp_path, tensors):
     assert model.compute_dtype == torch.bfloat16
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.head.weight, tensors["head.weight"].bfloat16())
-    with pytest.raises(ValueError, match="unknown precision 'fp16'; use one of 32-true, bf16-mixed, bf16-true"):
+    with pytest.raises(ValueError, match="unknown precision 'fp16'; use one of 32-true, bf16-mixed, 16-mixed, bf16"):
         Precision.from_name("fp16")
 
 

@@ -34,6 +34,7 @@ from rwkv_accel.guard import UpdateGuard
 from rwkv_accel.hooks import Run, is_sharded
 from rwkv_accel.interrupt import StopRequest
 from rwkv_accel.limits import RunLimits
+from rwkv_accel.model.compiled import check_compiler, compile_blocks
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.init import generate_init_weight
 from rwkv_accel.model.io import checkpoint_digest, read_checkpoint
@@ -52,6 +53,7 @@ from rwkv_accel.runtime import (
     is_main_process,
     set_engine_switches,
     set_seed,
+    strategy_of,
     world_size,
 )
 from rwkv_accel.state import TrainState
@@ -73,6 +75,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     set_progress_mode(config.tracking.progress)
     accelerator = build_accelerator(trainer, trainer.micro_batches(world_size()))
     check_offload(accelerator, config.optim.optimizer)
+    check_compiler(trainer.compile, accelerator.device.type, strategy_of(accelerator))
     lock = lock_run_folder(accelerator, config.out_dir)
     resume_from = find_resume_on_all(accelerator, config.out_dir, config.checkpoint.resume)
     saved = read_state(resume_from) if resume_from else None
@@ -95,6 +98,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     )
     model.gradient_checkpointing = trainer.gradient_checkpointing
     model.l2wrap, model.loss_chunk_rows = trainer.l2wrap, trainer.loss_chunk_rows
+    compile_blocks(model, trainer.compile)
     optimizer = build_optimizer(model, config.optim)
     if accelerator.is_main_process:
         print_model_param(model)

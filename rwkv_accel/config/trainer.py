@@ -55,8 +55,12 @@ class TrainerConfig(Strict):
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
     """32-true: all fp32. bf16-mixed: frozen weights and arithmetic in bf16, trained weights and moments fp32.
     16-mixed: the same in fp16, with a loss scale that adapts, for GPUs without bf16. bf16-true: all weights bf16."""
-    gradient_checkpointing: Literal["none", "block"] = "none"
-    """block: keep only the input of each block and recompute the rest in the backward pass."""
+    gradient_checkpointing: Literal["none", "block", "selective"] = "none"
+    """block: keep only the input of each block and recompute the rest in the backward pass. selective: recompute what
+    lies between the large matrix products of the time mix (recurrence included) and keep the products."""
+    compile: Literal["none", "inductor", "aot_eager"] = "none"
+    """Compile each block with torch.compile. inductor (or true): fused kernels; needs a C++ compiler, on a GPU Triton.
+    aot_eager: traced but not fused, to look for the cause of a difference."""
     deterministic: Literal[False, True, "warn"] = False
     """true: the same bits in every run on the same hardware, or an error that names the operation that cannot. warn:
     only say so."""
@@ -80,6 +84,11 @@ class TrainerConfig(Strict):
     log_every_n_steps: Positive = 1
     """Steps between log records; steps in between never wait for the device."""
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _compile_name(cls, value: Any) -> Any:
+        return {True: "inductor", False: "none"}[value] if isinstance(value, bool) else value
+
     @field_validator("max_time", mode="before")
     @classmethod
     def _seconds(cls, value: Any) -> Any:
@@ -100,6 +109,11 @@ class TrainerConfig(Strict):
             raise ValueError("set one of trainer.limit_train_batches and trainer.overfit_batches, not both")
         if self.deterministic and self.benchmark:
             raise ValueError("set one of trainer.deterministic and trainer.benchmark: timing picks other algorithms")
+        if self.compile != "none" and self.gradient_checkpointing == "selective":
+            raise ValueError(
+                "set trainer.gradient_checkpointing to block or none with trainer.compile: the compiler already "
+                "chooses within a block what to keep"
+            )
         return self
 
     @model_validator(mode="after")

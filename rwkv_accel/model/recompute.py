@@ -1,11 +1,11 @@
-"""Gradient checkpointing of a block: keep its inputs, run it again in the backward pass.
+"""Gradient checkpointing: keep the inputs of a block, or of a part of it, and run it again in the backward pass.
 
 Shapes: B batch, T tokens, C channels, H heads, N head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,31 @@ def run_block(
     (deepspeed 0.19.8). Its two weaknesses are met here: a graph that starts inside the block gets an anchor, and a
     state travels as separate arguments, so that its gradient is carried too.
     """
-    past = (None, None, None) if state is None else state
-    inputs = [t for t in (x_BTC, v_first_BTC, *past) if t is not None]
-    trains = any(t.requires_grad for t in [*inputs, *block.parameters()])
-    if not (trains and torch.is_grad_enabled()):
-        return block(x_BTC, v_first_BTC, state, *settings)
 
-    def again(_anchor: Tensor, x: Tensor, v_first: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def again(x: Tensor, v_first: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         return block(x, v_first, tensors or None, *settings)
 
-    # Without an input that needs a gradient, the reentrant form would cut off the block's own parameters.
+    return run_again(again, block.parameters(), x_BTC, v_first_BTC, *(state or ()), is_random=True)
+
+
+def run_again(
+    function: Callable[..., tuple[Tensor, ...]],
+    params: Iterable[Tensor],
+    *inputs: Tensor | None,
+    is_random: bool = False,
+) -> tuple[Tensor, ...]:
+    """function(*inputs), of which nothing but the inputs is kept; params are what it reads beside them.
+
+    is_random: it draws random numbers, and must draw the same ones both times.
+    """
+    trains = any(t is not None and t.requires_grad for t in (*inputs, *params))
+    if not (trains and torch.is_grad_enabled()):
+        return function(*inputs)
+
+    def again(_anchor: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return function(*tensors)
+
+    # Without an input that needs a gradient, the reentrant form would cut off the parameters.
     anchor = torch.empty(0, requires_grad=True)
     run: Callable[..., tuple[Tensor, ...]] = checkpoint
-    return run(again, anchor, x_BTC, v_first_BTC, *(state or ()), use_reentrant=True)
+    return run(again, anchor, *inputs, use_reentrant=True, preserve_rng_state=is_random)

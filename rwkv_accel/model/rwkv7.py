@@ -42,13 +42,14 @@ class Block(nn.Module):
         state: LayerState | None,
         documents: Documents | None,
         backend: str,
+        selective: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x and v_first [B,T,C], then att_shift [B,C], wkv [B,H,N,N], ffn_shift [B,C] (packed: S for B)."""
         att_shift, wkv, ffn_shift = state or (None, None, None)
         if self.layer == 0:
             x_BTC = self.ln0(x_BTC)
         h_BTC = self.ln1(x_BTC)
-        mixed_BTC, v_first_BTC, wkv = self.att(h_BTC, v_first_BTC, att_shift, wkv, documents, backend)
+        mixed_BTC, v_first_BTC, wkv = self.att(h_BTC, v_first_BTC, att_shift, wkv, documents, backend, selective)
         x_BTC = x_BTC + mixed_BTC
         z_BTC = self.ln2(x_BTC)
         x_BTC = x_BTC + self.ffn(z_BTC, ffn_shift, documents)
@@ -64,7 +65,8 @@ class RWKV7(nn.Module):
         self.compute_dtype = compute_dtype
         self.wkv_backend = wkv_backend
         self.gradient_checkpointing = "none"
-        """none, or block: keep only the input of each block and recompute the rest in the backward pass."""
+        """none; block: keep only the input of each block and recompute the rest in the backward pass; selective:
+        recompute only what lies between the matrix products of the time mix."""
         self.l2wrap = 1e-4
         self.loss_chunk_rows = 512
         nan_VC = torch.full((config.vocab_size, config.n_embd), float("nan"))
@@ -146,12 +148,12 @@ class RWKV7(nn.Module):
         rows = ids_BT.shape[0] if documents is None else len(documents.first_S)
         if state is not None and state.batch_size != rows:
             raise ValueError(f"the state has {state.batch_size} rows, the batch has {rows} sequences")
-        recompute = self.gradient_checkpointing == "block"
+        recompute, selective = (self.gradient_checkpointing == mode for mode in ("block", "selective"))
         final = RWKV7State([], [], [])
         x_BTC = self.emb(ids_BT).to(self.compute_dtype)
         v_first_BTC = None
         for layer, block in enumerate(self.blocks):
-            args = (x_BTC, v_first_BTC, None if state is None else state.layer(layer), documents, backend)
+            args = (x_BTC, v_first_BTC, None if state is None else state.layer(layer), documents, backend, selective)
             out = run_block(block, *args) if recompute else block(*args)
             x_BTC, v_first_BTC = out[:2]
             if return_state:

@@ -6,12 +6,15 @@ input.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.layers import Documents, HeadNorm, Linear
 from rwkv_accel.model.precision import wide_dtype
+from rwkv_accel.model.recompute import run_again
 from rwkv_accel.ops.elementwise import shift_lerp, wkv_inputs
 from rwkv_accel.ops.wkv7 import wkv7
 
@@ -64,17 +67,15 @@ class TimeMix(nn.Module):
         state_BHNN: Tensor | None,
         documents: Documents | None,
         backend: str,
+        recompute: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """h [B,T,C] after ln1 -> (output [B,T,C], v_first [B,T,C], final WKV state [B,H,N,N] or [S,H,N,N]).
 
         v_first is layer 0's value (None on the way into layer 0). shift_BC and state_BHNN carry the past;
-        None is a fresh sequence.
+        None is a fresh sequence. recompute: keep what goes into the recurrence's surroundings and make the rest again
+        in the backward pass.
         """
-        dtype, wide = h_BTC.dtype, wide_dtype(h_BTC.dtype)
-        batch, num_tokens = h_BTC.shape[:2]
-        head_size = self.heads[1]
-        per_head = (batch, num_tokens, *self.heads)
-
+        dtype = h_BTC.dtype
         lerp_6C = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])[:, 0].to(dtype)
         first_S, starts_T = (None, None) if documents is None else (documents.first_S, documents.starts_T)
         shifted = shift_lerp(h_BTC, lerp_6C, shift=shift_BC, first_S=first_S, starts_T=starts_T)
@@ -88,19 +89,42 @@ class TimeMix(nn.Module):
         gate_BTC = torch.sigmoid(h_g @ self.g1.to(dtype)) @ self.g2.to(dtype)
         first = self.layer == 0
         v_low = None if first else (h_v @ self.v1.to(dtype)) @ self.v2.to(dtype)
-        vectors = (self.w0, self.a0, None if first else self.v0, self.k_k, self.k_a)
-        x = wkv_inputs(
-            k_BTC, v_BTC, None if first else v_first_BTC, (w_low, a_low, v_low), vectors, head_size=head_size
-        )
+        inputs = (r_BTC, k_BTC, v_BTC, None if first else v_first_BTC, w_low, a_low, v_low, gate_BTC, state_BHNN)
+        mix = partial(self._mix, documents=documents, backend=backend)
+        out_BTC, final_BHNN = run_again(mix, self._mix_params(), *inputs) if recompute else mix(*inputs)
+        return self.output(out_BTC), v_BTC if first else v_first_BTC, final_BHNN
 
+    def _mix_params(self) -> list[Tensor]:
+        own = (self.w0, self.a0, None if self.layer == 0 else self.v0, self.k_k, self.k_a, self.r_k, self.time_state)
+        return [param for param in (*own, *self.ln_x.parameters()) if param is not None]
+
+    def _mix(
+        self,
+        r_BTC: Tensor,
+        k_BTC: Tensor,
+        v_BTC: Tensor,
+        v_first_BTC: Tensor | None,
+        w_low: Tensor,
+        a_low: Tensor,
+        v_low: Tensor | None,
+        gate_BTC: Tensor,
+        state_BHNN: Tensor | None,
+        *,
+        documents: Documents | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """From the matrix products to the output's input [B,T,C] and the final state: elementwise, the recurrence."""
+        batch, num_tokens = k_BTC.shape[:2]
+        per_head = (batch, num_tokens, *self.heads)
+        vectors = (self.w0, self.a0, None if self.layer == 0 else self.v0, self.k_k, self.k_a)
+        x = wkv_inputs(k_BTC, v_BTC, v_first_BTC, (w_low, a_low, v_low), vectors, head_size=self.heads[1])
         if state_BHNN is None and self.time_state is not None:
             num_sequences = batch if documents is None else len(documents.first_S)
-            state_BHNN = self.time_state.to(wide).expand(num_sequences, -1, -1, -1)
+            state_BHNN = self.time_state.to(wide_dtype(k_BTC.dtype)).expand(num_sequences, -1, -1, -1)
         y_BTHN, final_BHNN = wkv7(
             *(t.view(per_head) for t in (r_BTC, x.w_log, x.k, x.v, x.a, x.b)),
             state=state_BHNN,
             cu_seqlens=None if documents is None else documents.cu_seqlens,
             backend=backend,
         )
-        out_BTC = self.ln_x(y_BTHN.reshape(h_BTC.shape), r_BTC, x.k, x.v, gate_BTC, self.r_k)
-        return self.output(out_BTC), v_BTC if first else v_first_BTC, final_BHNN
+        return self.ln_x(y_BTHN.reshape(k_BTC.shape), r_BTC, x.k, x.v, gate_BTC, self.r_k), final_BHNN

@@ -44,6 +44,7 @@ def recipe(work, name, micro, strategy="single", world=1):
             "max_steps": STEPS, "micro_batch_size": micro, "global_batch_size": GLOBAL_BATCH,
             "gradient_clip_val": 0.05,
             # What the launcher gives, so that the run itself confirms it.
+            "gradient_checkpointing": {2: "selective", 4: "block"}.get(micro, "none"),
             "strategy": "single" if strategy == "cpu" else strategy, "devices": world, "num_nodes": 1,
         },
         "tracking": {"progress": "none"},

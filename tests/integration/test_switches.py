@@ -304,3 +304,33 @@ def test_recipe_of_the_rehearsal_is_a_valid_recipe(work, tmp_path):
     (tmp_path / "short.yaml").write_text(dump_config(rehearsal_config(config)))
     assert load_config(tmp_path / "short.yaml") == rehearsal_config(config)
     assert yaml.safe_load((tmp_path / "short.yaml").read_text())["trainer"]["max_steps"] == 3
+
+
+def test_compile_reaches_the_blocks(run, monkeypatch, tmp_path):
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kwargs: compiled.append((type(self).__name__, kwargs))
+    )
+    assert run("trainer.compile=aot_eager", "trainer.max_steps=1") == 0
+    assert compiled == [("Block", {"backend": "aot_eager"})]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needle"),
+    [
+        (["trainer.compile=true", "trainer.gradient_checkpointing=selective"], "gradient_checkpointing"),
+        (
+            ["trainer.deterministic=true", "trainer.benchmark=true"],
+            "one of trainer.deterministic and trainer.benchmark",
+        ),
+        (["trainer.overfit_batches=1", "trainer.limit_train_batches=1"], "not both"),
+        (["trainer.min_steps=4", "trainer.max_steps=3"], "4 is above 3"),
+        (["trainer.max_time=1:x"], "DD:HH:MM:SS"),
+        (["trainer.limit_train_batches=1.5"], "share above 0 and at most 1.0"),
+        ([*EVAL, "trainer.val_check_interval=2", "eval.every_n_steps=2"], "eval.every_n_steps, which is its name here"),
+        (["trainer.strategy=deepspeed"], "'zero2'"),
+    ],
+)
+def test_switches_that_do_not_fit_are_one_line(run, capsys, overrides, needle):
+    assert run(*overrides) == 2
+    assert needle in error_of(capsys)

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from rwkv_accel.checkpoint import CheckpointWriter, SaveCadence, save_checkpoint
 from rwkv_accel.checkpoint.collective import all_ranks
+from rwkv_accel.checkpoint.format import INTERRUPTED
 from rwkv_accel.checkpoint.run_lock import RunLock
 from rwkv_accel.checkpoint.weights import BEST_DIR, WEIGHTS_DIR, save_weights
 from rwkv_accel.config.schema import OptimConfig, RunConfig
@@ -46,9 +47,6 @@ from rwkv_accel.tracking import RunLog, StepRecord
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-INTERRUPTED = "INTERRUPTED"
 
 
 @dataclass(frozen=True)
@@ -254,6 +252,7 @@ def on_interrupt(state: TrainState, run: Run) -> NoReturn:
         marker.write_text(f"{state.step}\n", encoding="utf-8")
     why = run.stop.reason or "another process"
     run.log.message(f"stopped by {why} after step {state.step}, saved; start the same command again to continue")
+    finish_uploads(run)
     run.log.close()
     run.lock.release()
     raise SystemExit(EXIT_STOPPED)
@@ -306,6 +305,7 @@ def on_train_end(state: TrainState, run: Run) -> None:
     run.log.message(f"finished after step {state.step}")
     if run.accelerator.is_main_process:
         report(run)
+    finish_uploads(run)
     run.log.close()
     run.lock.release()
     run.accelerator.wait_for_everyone()
@@ -318,6 +318,16 @@ def report(run: Run) -> None:
         run.log.message(f"report: {write_report([out_dir], out_dir / REPORT_FILE)}")
     except UserError as error:
         run.log.message(f"report: {error}")
+
+
+def finish_uploads(run: Run) -> None:
+    """Collective. Wait for what is on its way to remote storage, within bounds; say what has not arrived."""
+    left = run.writer.finish_uploads(run.accelerator)
+    if left:
+        run.log.message(
+            f"not uploaded to {run.config.checkpoint.remote_url}: {', '.join(left)}; all of it is in "
+            f"{run.config.out_dir}, and the same command started again tries once more"
+        )
 
 
 def save_latest(state: TrainState, run: Run, name: str) -> None:
@@ -340,6 +350,8 @@ def save(state: TrainState, run: Run, folder: Path) -> None:
             base_path=run.base_path,
             base_digest=run.base_digest,
         )
+    if run.writer.uploads is not None:
+        run.writer.uploads.add_weights(folder, state.step)
     run.log.message(f"saved {folder}")
 
 

@@ -20,11 +20,12 @@ from rwkv_accel.checkpoint import (
 )
 from rwkv_accel.checkpoint.collective import on_main, once_per_node
 from rwkv_accel.checkpoint.portable import read_extra_tensors
+from rwkv_accel.checkpoint.remote import Remote, open_remote
 from rwkv_accel.checkpoint.run_lock import lock_run_folder
-from rwkv_accel.checkpoint.weights import INIT_FILE, base_checkpoint
+from rwkv_accel.checkpoint.weights import INIT_FILE, base_checkpoint, has_weights
 from rwkv_accel.config.base import share_of
 from rwkv_accel.config.load import dump_config
-from rwkv_accel.config.schema import DataConfig, ModelConfig, RunConfig, TrainerConfig
+from rwkv_accel.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainerConfig
 from rwkv_accel.data.loader import TrainLoader, build_train_loader
 from rwkv_accel.data.packing import Subset
 from rwkv_accel.data.tokenizer import build_tokenizer
@@ -77,7 +78,8 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     check_offload(accelerator, config.optim.optimizer)
     check_compiler(trainer.compile, accelerator.device.type, strategy_of(accelerator))
     lock = lock_run_folder(accelerator, config.out_dir)
-    resume_from = find_resume_on_all(accelerator, config.out_dir, config.checkpoint.resume)
+    remote = open_remote_on_main(accelerator, config.checkpoint)
+    resume_from = find_resume_on_all(accelerator, config.out_dir, config.checkpoint, remote.store if remote else None)
     saved = read_state(resume_from) if resume_from else None
     on_main(accelerator, lambda: prepare_out_dir(config))
     loader, evaluator = build_loader(config, accelerator), build_evaluator(config, accelerator)
@@ -134,7 +136,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         log,
         UpdateGuard(trainer, state.health, accelerator.device),
         stop,
-        CheckpointWriter(config.out_dir, config.checkpoint),
+        CheckpointWriter(config.out_dir, config.checkpoint, remote),
         SaveCadence(config.checkpoint),
         limits,
         total_steps,
@@ -152,11 +154,27 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         loader.load_state_dict(saved["extra"].get("data"))
         log.restore(saved["extra"]["log"])
         run.checkpoint_step = state.step
-        run.saved_step, run.unlogged = saved["extra"]["saved_step"], saved["extra"]["unlogged"]
+        run.unlogged = saved["extra"]["unlogged"]
+        # A checkpoint may have come without the weights saved before it.
+        if on_main(accelerator, lambda: has_weights(config.out_dir)):
+            run.saved_step = saved["extra"]["saved_step"]
+        if run.writer.uploads is not None and resume_from is not None:
+            run.writer.uploads.add_existing(resume_from, run.saved_step, state.control.best_step)
         log.message(f"continuing from {resume_from}: step {state.step} of {total_steps}")
     stop.cadence = run.cadence
     stop.defer(accelerator)
     return run, loader, state
+
+
+def open_remote_on_main(accelerator: Accelerator, config: CheckpointConfig) -> Remote | None:
+    """The storage of the recipe on the main process, if it names one; every rank raises if it cannot be used."""
+    opened: list[Remote | None] = [None]
+
+    def on_this() -> None:
+        opened[0] = open_remote(config)
+
+    on_main(accelerator, on_this)
+    return opened[0]
 
 
 def identity_of(config: RunConfig, loader: TrainLoader) -> dict[str, Any]:

@@ -8,6 +8,7 @@ resume.py      which checkpoint a new start takes, and whether the recipe fits i
 cadence.py     when one is due
 writer.py      the thread that writes them
 retention.py   which ones stay
+store.py       files on an S3 server or its likes; remote.py: a run's copy there; uploads.py: the thread that makes it
 weights.py     the save that people carry away (adapter or model)
 """
 

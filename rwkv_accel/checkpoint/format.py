@@ -33,6 +33,8 @@ FORMAT = "rwkv_accel-checkpoint"
 VERSION = 1
 CHECKPOINTS_DIR = "checkpoints"
 STEP_PREFIX = "step-"
+INTERRUPTED = "INTERRUPTED"
+"""Name of the checkpoint that a signal asked for."""
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 RNG_FILE = "rng.json"
@@ -65,7 +67,12 @@ class Manifest:
 
 
 def write_folder(
-    final: Path, *, step: int, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, str]
+    final: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, str],
+    after: int = 0,
 ) -> None:
     """Write a checkpoint folder; a kill at any moment leaves no folder of this name or a complete one.
 
@@ -73,6 +80,7 @@ def write_folder(
         final: folder to create; an existing one is replaced, and kept until the new one is complete.
         tensors: CPU tensors of each .safetensors file.
         documents: text of each .json file.
+        after: sequence number of a checkpoint elsewhere that this one is newer than.
 
     Raises:
         CheckpointWriteError: the disk refused; the half-written folder is removed again.
@@ -88,18 +96,18 @@ def write_folder(
             (tmp / name).write_text(document, encoding="utf-8")
         names = [*tensors, *documents]
         for name in names:
-            _fsync(tmp / name)
+            sync(tmp / name)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "step": step,
-            "sequence": _next_sequence(final.parent),
-            "files": {name: {"bytes": (tmp / name).stat().st_size, "sha256": _sha256(tmp / name)} for name in names},
+            "sequence": 1 + max(after, _newest_sequence(final.parent)),
+            "files": {name: {"bytes": (tmp / name).stat().st_size, "sha256": sha256_of(tmp / name)} for name in names},
         }
         (tmp / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _fsync(tmp / MANIFEST_FILE)
-        _fsync(tmp)
-        _give_final_name(tmp, final)
+        sync(tmp / MANIFEST_FILE)
+        sync(tmp)
+        give_final_name(tmp, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -124,7 +132,7 @@ def validate(folder: Path, *, deep: bool) -> Manifest:
         found = path.stat().st_size
         if found != num_bytes:
             raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {name} has {found} bytes instead of {num_bytes}")
-        if deep and _sha256(path) != sha256:
+        if deep and sha256_of(path) != sha256:
             raise DamagedCheckpoint(f"checkpoint {folder} is damaged: the bytes of {name} do not fit its checksum")
     return manifest
 
@@ -136,8 +144,13 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise DamagedCheckpoint(f"{folder} has no {MANIFEST_FILE}: it is not a complete checkpoint of this trainer")
+    return parse_manifest(path.read_bytes(), folder)
+
+
+def parse_manifest(data: bytes, folder: object) -> Manifest:
+    """The manifest from the bytes of its file; `folder` is for the messages. Errors as in validate."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
         if content["format"] != FORMAT:
             raise DamagedCheckpoint(f"{folder} is not a checkpoint of this trainer (format {content['format']!r})")
         if content["version"] != VERSION:
@@ -177,6 +190,11 @@ class TensorFile(Mapping[str, Tensor]):
         return tuple(self._file.get_slice(name).get_shape())
 
 
+def step_name(step: int) -> str:
+    """Folder name of what is saved after this many updates."""
+    return f"{STEP_PREFIX}{step:08d}"
+
+
 def list_folders(checkpoints: Path) -> list[Path]:
     """All folders under final names, complete or not, by name."""
     if not checkpoints.is_dir():
@@ -200,33 +218,30 @@ def age_key(folder: Path, manifest: Manifest) -> tuple[int, int, bool]:
     return manifest.sequence, manifest.step, not folder.name.endswith(REPLACED_SUFFIX)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and removals in a folder survive a power cut."""
-    _fsync(folder)
-
-
-def _give_final_name(tmp: Path, final: Path) -> None:
+def give_final_name(tmp: Path, final: Path) -> None:
+    """Put a finished folder under its name; at each moment the old one or the new one is found."""
     replaced = final.with_name(final.name + REPLACED_SUFFIX)
     if final.exists():
         # Between these two renames the old one is still found, under its other name.
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(final, replaced)
     os.replace(tmp, final)
-    _fsync(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _next_sequence(checkpoints: Path) -> int:
+def _newest_sequence(checkpoints: Path) -> int:
     sequences = [0]
     for folder in list_folders(checkpoints):
         try:
             sequences.append(read_manifest(folder).sequence)
         except UserError:
             continue
-    return 1 + max(sequences)
+    return max(sequences)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file, or the renames and removals in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -234,7 +249,8 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Digest of a file, read piece by piece."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(HASH_CHUNK_BYTES):

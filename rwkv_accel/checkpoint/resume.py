@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rwkv_accel.checkpoint.collective import on_main
+from rwkv_accel.checkpoint.collective import on_main_for_long
 from rwkv_accel.checkpoint.format import (
     CHECKPOINTS_DIR,
     STATE_FILE,
     DamagedCheckpoint,
-    Manifest,
     age_key,
     list_folders,
     read_document,
     read_manifest,
     validate,
 )
+from rwkv_accel.checkpoint.remote import (
+    RemoteCheckpoint,
+    fetch_checkpoint,
+    fetch_results,
+    list_checkpoints,
+    parse_name,
+)
+from rwkv_accel.checkpoint.store import RemoteStore
+from rwkv_accel.config.checkpoint import CheckpointConfig
 from rwkv_accel.errors import UserError
+from rwkv_accel.tracking import LOG_FILES
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,27 +56,38 @@ FREE_KEYS = frozenset(
 LENGTH_KEYS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_tokens")
 
 
-def find_resume(out_dir: str | Path, resume: str) -> Path | None:
+def find_resume(
+    out_dir: str | Path, resume: str, store: RemoteStore | None = None, options: dict[str, Any] | None = None
+) -> Path | None:
     """The checkpoint that a start continues from, every byte of it checked, or None for a fresh start.
+
+    What lies in remote storage is downloaded into out_dir/checkpoints first.
 
     Args:
         resume: `auto` takes the newest complete checkpoint and names the damaged ones it skips; `none`
-            refuses a folder that has a checkpoint; anything else is the path of a checkpoint folder.
+            refuses a folder or storage that has a checkpoint; anything else is the path or URL of a checkpoint
+            folder, or the URL of a run's storage.
+        store: where the run keeps its copy.
+        options: of fsspec, for a URL in `resume`.
 
     Raises:
         UserError: the path is no usable checkpoint, all of them are damaged, or `none` met a checkpoint.
     """
     checkpoints = Path(out_dir) / CHECKPOINTS_DIR
     if resume == "auto":
-        return _newest(checkpoints)
+        return _newest(checkpoints, store)
     if resume == "none":
-        existing = list_folders(checkpoints)
-        if existing:
-            raise UserError(
-                f"checkpoint.resume is none, but {checkpoints} holds {existing[-1].name}; give another "
-                "out_dir for a fresh start, or checkpoint.resume=auto to continue"
-            )
+        _refuse_existing(checkpoints, store)
         return None
+    is_url = "://" in resume
+    if is_url or Path(resume).resolve().parent != checkpoints.resolve():
+        own = _newest(checkpoints, store)
+        if own is not None:
+            # Started again after a stop: going back to where the run came from would throw its work away.
+            logger.warning("checkpoint.resume %s is not taken again: this run has checkpoints of its own", resume)
+            return own
+    if is_url:
+        return _from_url(resume, options or {}, checkpoints)
     try:
         validate(Path(resume), deep=True)
     except DamagedCheckpoint as damage:
@@ -74,12 +95,14 @@ def find_resume(out_dir: str | Path, resume: str) -> Path | None:
     return Path(resume)
 
 
-def find_resume_on_all(accelerator: Accelerator, out_dir: str | Path, resume: str) -> Path | None:
+def find_resume_on_all(
+    accelerator: Accelerator, out_dir: str | Path, config: CheckpointConfig, store: RemoteStore | None = None
+) -> Path | None:
     """find_resume on the main process, the answer or the error on every rank. Collective.
 
     Ranks that looked for themselves could differ (a network disk shows a rename late) and wait for ever.
     """
-    return on_main(accelerator, lambda: find_resume(out_dir, resume))
+    return on_main_for_long(accelerator, lambda: find_resume(out_dir, config.resume, store, config.remote_options))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -113,29 +136,78 @@ def check_same_run(saved_config: dict[str, Any], config: dict[str, Any]) -> None
             logger.warning("%s was %s and is now %s: the schedule is stretched", key, _show(old), _show(now))
 
 
-def _newest(checkpoints: Path) -> Path | None:
+def _newest(checkpoints: Path, store: RemoteStore | None) -> Path | None:
+    """The newest good checkpoint of the folder and the storage together."""
     damaged: list[str] = []
-    readable: list[tuple[Path, Manifest]] = []
+    # Sorted by order of writing; what is here goes before its copy there.
+    candidates: list[tuple[tuple[int, bool, int, bool], Path | RemoteCheckpoint]] = []
     for folder in list_folders(checkpoints):
         try:
-            readable.append((folder, read_manifest(folder)))
+            sequence, step, is_final = age_key(folder, read_manifest(folder))
+            candidates.append(((sequence, True, step, is_final), folder))
         except DamagedCheckpoint as damage:
             damaged.append(str(damage))
-    for folder, _ in sorted(readable, key=lambda item: age_key(*item), reverse=True):
+    if store is not None:
+        complete, unfinished = list_checkpoints(store)
+        candidates += [((found.sequence, False, 0, True), found) for found in complete]
+        for left in unfinished:
+            logger.warning("%s/%s is incomplete, its upload did not end; skipped", store.url, left.folder)
+    for _, found in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
         try:
-            validate(folder, deep=True)
+            taken = _take(found, checkpoints, store)
         except DamagedCheckpoint as damage:
             damaged.append(str(damage))
             continue
         for message in damaged:
             logger.warning("%s; skipped", message)
-        return folder
+        return taken
     if damaged:
         raise UserError(
             f"no usable checkpoint: {'; '.join(damaged)}. Bring back an intact copy, or give another out_dir "
             "for a fresh start"
         )
     return None
+
+
+def _take(found: Path | RemoteCheckpoint, checkpoints: Path, store: RemoteStore | None) -> Path:
+    if isinstance(found, Path):
+        validate(found, deep=True)
+        return found
+    assert store is not None
+    folder = fetch_checkpoint(store, found, checkpoints)
+    fetch_results(store, checkpoints.parent, LOG_FILES)
+    logger.warning("downloaded %s/%s", store.url, found.folder)
+    return folder
+
+
+def _from_url(url: str, options: dict[str, Any], checkpoints: Path) -> Path:
+    """The checkpoint at a URL, or the newest good one of the run whose storage it is."""
+    parent, _, name = url.rstrip("/").rpartition("/")
+    found = parse_name(f"{CHECKPOINTS_DIR}/{name}", {}) if parent.endswith(f"/{CHECKPOINTS_DIR}") else None
+    if found is None:
+        folder = _newest(checkpoints, RemoteStore(url, options))
+        if folder is None:
+            raise UserError(f"checkpoint.resume {url} holds no complete checkpoint; see what is there, or give another")
+        return folder
+    store = RemoteStore(parent.removesuffix(f"/{CHECKPOINTS_DIR}"), options)
+    found = replace(found, files=store.files(found.folder))
+    try:
+        return fetch_checkpoint(store, found, checkpoints)
+    except DamagedCheckpoint as damage:
+        raise UserError(f"{damage}; give another checkpoint.resume=<url>") from None
+
+
+def _refuse_existing(checkpoints: Path, store: RemoteStore | None) -> None:
+    existing = [str(folder.name) for folder in list_folders(checkpoints)]
+    where: object = checkpoints
+    if store is not None and not existing:
+        where = store.url
+        existing = [found.folder for found in list_checkpoints(store)[0]]
+    if existing:
+        raise UserError(
+            f"checkpoint.resume is none, but {where} holds {existing[-1]}; give another "
+            "out_dir (and remote_url) for a fresh start, or checkpoint.resume=auto to continue"
+        )
 
 
 def _batch_keys(saved: Any, new: Any) -> tuple[str, ...]:

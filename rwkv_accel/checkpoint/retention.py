@@ -13,7 +13,7 @@ from rwkv_accel.checkpoint.format import (
     TMP_SUFFIX,
     list_complete,
     list_folders,
-    sync_folder,
+    sync,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def _remove(folder: Path) -> bool:
     try:
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
-        sync_folder(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(doomed)
     except OSError as error:
         logger.warning("old save %s could not be removed: %s", folder, error.strerror)

@@ -89,6 +89,11 @@ def save_weights(
     return folder
 
 
+def has_weights(out_dir: str | Path) -> bool:
+    """Whether a run has saved weights."""
+    return (Path(out_dir) / WEIGHTS_DIR / LATEST_FILE).is_file()
+
+
 def latest_weights(out_dir: str | Path) -> Path:
     """Folder of the newest save of a run.
 
@@ -96,7 +101,7 @@ def latest_weights(out_dir: str | Path) -> Path:
         UserError: the run has saved nothing yet.
     """
     pointer = Path(out_dir) / WEIGHTS_DIR / LATEST_FILE
-    if not pointer.is_file():
+    if not has_weights(out_dir):
         raise UserError(f"{out_dir} holds no saved weights ({pointer} is missing); let its run finish first")
     return pointer.parent / pointer.read_text(encoding="utf-8").strip()
 

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rwkv_accel.checkpoint.collective import on_main
+from rwkv_accel.checkpoint.collective import on_main_for_long
 from rwkv_accel.checkpoint.format import CHECKPOINTS_DIR, CheckpointWriteError, write_folder
+from rwkv_accel.checkpoint.remote import Remote
 from rwkv_accel.checkpoint.retention import prune, remove_leftovers
+from rwkv_accel.checkpoint.uploads import Uploads
 from rwkv_accel.config.checkpoint import CheckpointConfig
 
 if TYPE_CHECKING:
@@ -37,9 +39,12 @@ class Snapshot:
 class CheckpointWriter:
     """Writes out_dir/checkpoints on the main process, and removes there what retention does not keep."""
 
-    def __init__(self, out_dir: str | Path, config: CheckpointConfig) -> None:
+    def __init__(self, out_dir: str | Path, config: CheckpointConfig, remote: Remote | None = None) -> None:
         self.checkpoints = Path(out_dir) / CHECKPOINTS_DIR
         self._config = config
+        self._after = remote.newest_sequence if remote else 0
+        self.uploads = Uploads(remote.store, out_dir, config) if remote else None
+        """What goes to remote storage; None on all but the main process, and without storage."""
         self._thread: Thread | None = None
         self._failures: deque[CheckpointWriteError] = deque()
         self._last_failure: CheckpointWriteError | None = None
@@ -77,15 +82,26 @@ class CheckpointWriter:
             if self._last_failure is not None:
                 raise self._last_failure
 
-        on_main(accelerator, last_result)
+        on_main_for_long(accelerator, last_result)
+
+    def finish_uploads(self, accelerator: Accelerator) -> list[str]:
+        """Wait for uploads, within bounds; what is not in remote storage after that. Collective."""
+        return on_main_for_long(accelerator, self.uploads.finish if self.uploads is not None else list)
 
     def _write(self, snapshot: Snapshot, name: str) -> None:
         self._last_failure = None
         try:
             remove_leftovers(self.checkpoints)
+            folder = self.checkpoints / name
             write_folder(
-                self.checkpoints / name, step=snapshot.step, tensors=snapshot.tensors, documents=snapshot.documents
+                folder,
+                step=snapshot.step,
+                tensors=snapshot.tensors,
+                documents=snapshot.documents,
+                after=self._after,
             )
+            if self.uploads is not None:
+                self.uploads.add_checkpoint(folder)
             prune(self.checkpoints, self._config.keep_last, self._config.keep_every_n_steps)
         except CheckpointWriteError as error:
             self._last_failure = error

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rwkv_accel.config.base import NonNegative, Positive, Strict
+
+SECRET_OPTIONS = frozenset(
+    "key secret token username password aws_access_key_id aws_secret_access_key aws_session_token".split()
+)
 
 
 class CheckpointConfig(Strict):
@@ -28,6 +32,41 @@ class CheckpointConfig(Strict):
     background: bool = True
     """Write checkpoints while the training goes on: only the copy to the host's memory holds it up. The copy (trained
     parameters and moments) stays in the memory of the main process until it is on disk."""
+    remote_url: str | None = None
+    """URL of storage that gets a copy of every checkpoint, of saved weights and of the logs, such as
+    s3://bucket/folder (anything that fsspec opens). Credentials and endpoint come from the environment
+    (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL). None: nothing leaves out_dir."""
+    remote_options: dict[str, Any] = Field(default_factory=dict)
+    """More options of the fsspec filesystem of remote_url, such as {endpoint_url: "http://minio:9000"}. No secrets:
+    recipes are copied into out_dir and to trackers."""
+    remote_verify: bool = True
+    """Read every uploaded file back and compare its checksum. false: compare its size only."""
+    remote_wait_seconds: Positive = 600
+    """Longest wait for uploads that are not done when the run ends or is stopped."""
     resume: str = "auto"
-    """auto: continue from the newest complete checkpoint in out_dir, if any. none: refuse an out_dir that has one.
-    Or the path of a checkpoint folder."""
+    """auto: continue from the newest complete checkpoint in out_dir or at remote_url, if any. none: refuse an out_dir
+    or a remote_url that has one. Or the path or URL of a checkpoint folder, or the URL of a run's storage; once
+    out_dir has checkpoints of its own, one that lies elsewhere is not taken again."""
+
+    @model_validator(mode="after")
+    def _storage(self) -> CheckpointConfig:
+        if self.remote_url is not None and "://" not in self.remote_url:
+            raise ValueError(f"checkpoint.remote_url {self.remote_url!r} is no URL; write it like s3://bucket/folder")
+        if self.remote_options and self.remote_url is None and "://" not in self.resume:
+            raise ValueError("checkpoint.remote_options applies to checkpoint.remote_url; set that too")
+        secret = _first_secret(self.remote_options)
+        if secret is not None:
+            raise ValueError(
+                f"checkpoint.remote_options must not hold {secret}: recipes are copied into out_dir and to trackers; "
+                "use the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or a credentials file"
+            )
+        return self
+
+
+def _first_secret(options: dict[str, Any]) -> str | None:
+    for name, value in options.items():
+        if name in SECRET_OPTIONS:
+            return name
+        if isinstance(value, dict) and (found := _first_secret(value)):
+            return found
+    return None

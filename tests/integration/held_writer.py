@@ -15,7 +15,7 @@ from rwkv_accel.train import main
 step, place, sign, recipe = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
 module, name = {
     "the tensors": (checkpoint_format, "save_file"),
-    "the final name": (checkpoint_format, "_give_final_name"),
+    "the final name": (checkpoint_format, "give_final_name"),
     "the retention": (writer, "prune"),
 }[place]
 real = getattr(module, name)

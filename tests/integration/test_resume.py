@@ -70,10 +70,10 @@ def assert_same_end(out_dir, undisturbed):
     assert [r["step"] for r in records(out_dir)] == list(range(1, STEPS + 1))
 
 
-def start_and_wait_for_step(path, out_dir, step, timeout=120):
+def start_and_wait_for_step(path, out_dir, step, timeout=120, **variables):
     """The process, once its log shows the step."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "rwkv_accel.train", str(path)], cwd=ROOT, env=environment(),
+        [sys.executable, "-m", "rwkv_accel.train", str(path)], cwd=ROOT, env=environment(**variables),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + timeout

@@ -82,6 +82,12 @@ def test_round_trip(tmp_path):
         (["optim.schedule=exponential", "optim.lr_final=0"], "exponential needs"),
         (["optim.weight_decay_final=0.1"], "exponentially"),
         (["model={init: {n_layer: 1, n_embd: 100}}"], "not a multiple of head_size"),
+        (["checkpoint.remote_url=bucket/run"], "write it like s3://bucket/folder"),
+        (["checkpoint.remote_options={endpoint_url: x}"], "applies to checkpoint.remote_url"),
+        (
+            ["checkpoint.remote_url=s3://b/r", "checkpoint.remote_options={client_kwargs: {aws_secret_access_key: x}}"],
+            "must not hold aws_secret_access_key",
+        ),
         (["out_dir"], "not of the form key.sub=value"),
         (["--lr=1"], "not of the form key.sub=value"),
         (["optim.lr_init=nan"], "optim.lr_init"),

@@ -7,16 +7,19 @@ import torch
 from torch import nn
 
 from rwkv_accel.checkpoint.format import STATE_FILE, TRAINABLE_FILE, write_folder
+from rwkv_accel.checkpoint.writer import Snapshot
+
+
+def simple_snapshot(step: int, value: float = 1.0) -> Snapshot:
+    """What a checkpoint with one tensor holds."""
+    tensors = {TRAINABLE_FILE: {"w": torch.full((4, 3), value)}}
+    return Snapshot(step, tensors, {STATE_FILE: json.dumps({"state": {"step": step}})})
 
 
 def write_simple(folder: Path, step: int, value: float = 1.0) -> Path:
     """A complete checkpoint folder with one tensor."""
-    write_folder(
-        folder,
-        step=step,
-        tensors={TRAINABLE_FILE: {"w": torch.full((4, 3), value)}},
-        documents={STATE_FILE: json.dumps({"state": {"step": step}})},
-    )
+    simple = simple_snapshot(step, value)
+    write_folder(folder, step=step, tensors=simple.tensors, documents=simple.documents)
     return folder
 
 

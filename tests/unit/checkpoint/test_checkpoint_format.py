@@ -71,8 +71,8 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path, cap
 
 def test_everything_is_on_disk_before_the_final_name_appears(tmp_path, monkeypatch):
     synced, at_rename = [], []
-    real_sync, real_replace = checkpoint_format._fsync, os.replace
-    monkeypatch.setattr(checkpoint_format, "_fsync", lambda path: (synced.append(path.name), real_sync(path)))
+    real_sync, real_replace = checkpoint_format.sync, os.replace
+    monkeypatch.setattr(checkpoint_format, "sync", lambda path: (synced.append(path.name), real_sync(path)))
 
     def replace(source, target):
         at_rename.extend(synced)

@@ -7,7 +7,7 @@ import pytest
 
 from rwkv_accel.checkpoint import check_same_run, find_resume, find_resume_on_all
 from rwkv_accel.checkpoint.format import TRAINABLE_FILE
-from rwkv_accel.config.schema import RunConfig
+from rwkv_accel.config.schema import CheckpointConfig, RunConfig
 from rwkv_accel.errors import UserError
 from tests.unit.checkpoint.checkpoint_helpers import write_simple
 
@@ -85,9 +85,9 @@ def test_a_path_is_taken_or_refused_with_the_reason(tmp_path):
 
 def test_find_resume_on_all_passes_on_result_and_error(tmp_path, accelerator):
     folder = write_simple(tmp_path / "checkpoints" / "step-7", 7)
-    assert find_resume_on_all(accelerator, tmp_path, "auto") == folder
+    assert find_resume_on_all(accelerator, tmp_path, CheckpointConfig()) == folder
     with pytest.raises(UserError, match="holds step-7"):
-        find_resume_on_all(accelerator, tmp_path, "none")
+        find_resume_on_all(accelerator, tmp_path, CheckpointConfig(resume="none"))
 
 
 def recipe(**sections):

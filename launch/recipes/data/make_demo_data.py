@@ -1,7 +1,8 @@
-"""Writes demo.jsonl and demo_pirate.jsonl beside this file: small-world questions that a tiny model can learn.
+"""Writes demo*.jsonl beside this file: small-world questions that a tiny model can learn.
 
 demo.jsonl answers plainly (sums, weekdays, opposites, animal sounds, spelling forwards and backwards);
-demo_pirate.jsonl answers a part of the same questions like a pirate, for the LoRA sequel.
+demo_pirate.jsonl answers a part of the same questions like a pirate, for the LoRA sequel. demo_quiz.jsonl asks some of
+them with four choices, demo_answers.jsonl others with the whole answer, for demo_eval.yaml.
 """
 
 import json
@@ -58,11 +59,30 @@ def write(path: Path, pairs: list[tuple[str, str]]) -> None:
             out.write(json.dumps({"messages": turns}) + "\n")
 
 
+def write_quiz(path: Path, pairs: list[tuple[str, str]], rng: random.Random) -> None:
+    """Questions with the right answer among three of other questions of the same kind."""
+    with path.open("w", encoding="utf-8") as out:
+        for question, answer in pairs:
+            kind = " ".join(question.split()[:3])
+            others = sorted({a for q, a in facts() if q.startswith(kind) and a != answer})
+            choices = [answer, *rng.sample(others, 3)]
+            rng.shuffle(choices)
+            out.write(json.dumps({"question": question, "choices": choices, "answer": choices.index(answer)}) + "\n")
+
+
+def write_answers(path: Path, pairs: list[tuple[str, str]]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps({"prompt": question, "answer": answer}) + "\n" for question, answer in pairs)
+
+
 def main() -> None:
     here, pairs = Path(__file__).parent, facts()
     random.Random(0).shuffle(pairs)
     write(here / "demo.jsonl", pairs)
     write(here / "demo_pirate.jsonl", [(q, pirate(a)) for q, a in pairs[::2]])
+    short = [(q, a) for q, a in pairs if not q.startswith("Spell")]
+    write_quiz(here / "demo_quiz.jsonl", short[:60], random.Random(1))
+    write_answers(here / "demo_answers.jsonl", short[60:100])
 
 
 if __name__ == "__main__":

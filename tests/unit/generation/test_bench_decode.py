@@ -31,6 +31,7 @@ def test_rows_after_parity_and_refusal_without_it(make_model, tmp_path):
         [sys.executable, "-c", CODE, str(tmp_path / "m.pth")], env=env, capture_output=True, text=True, check=True
     )
     lines = done.stdout.strip().splitlines()
-    assert "['decode, rwkv package', 'prefill, rwkv package', 'prefill', 'decode, batch 1', 'decode, batch 2']" in lines
+    prefills = "'prefill, rwkv package', 'prefill', 'prefill, its projections alone', 'prefill, bf16-true'"
+    assert f"['decode, rwkv package', {prefills}, 'decode, batch 1', 'decode, batch 2']" in lines
     assert "[1.0, 1.0] True" in lines
     assert lines[-1].startswith("refused: logits differ from the package's by")

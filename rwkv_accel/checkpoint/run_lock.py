@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 from rwkv_accel.checkpoint.collective import on_main
 from rwkv_accel.errors import UserError
+from rwkv_accel.tracking import LOCK_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = ".lock"
 # What a trainer that was just asked to stop may need for its last checkpoint.
 WAIT_SECONDS = 120.0
 SAY_AFTER_SECONDS = 2.0

@@ -42,10 +42,10 @@ def summary(
         "started": timeline.started,
         "starts": _starts(timeline),
         "steps": _count(_last(columns, "step")),
-        "epochs completed": _count(_last(columns, "epoch")),
+        "epoch": _with(_last(columns, "epoch"), "{:.0f} (the first is 0)"),
         "last loss": _decimals(_last(columns, "loss")),
         "smoothed loss": _decimals(_last(columns, "smoothed_loss")),
-        **{f"{name}: last loss": _decimals(number(last.get("loss"))) for name, last in _last_evals(evals).items()},
+        **_last_results(evals),
         "best validation loss": f"{best[0]:.4f} at step {best[1]:,}" if (best := best_eval(evals)) else None,
         "tokens": _count(_last(columns, "tokens_seen")),
         "target tokens": _count(sum(value or 0 for value in columns.get("target_tokens", []))),
@@ -137,8 +137,15 @@ def _share(columns: dict[str, Numbers]) -> str:
     return f"{targets / tokens:.0%}" if tokens else "unknown share"
 
 
-def _last_evals(evals: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {str(record.get("set", "validation")): record for record in evals}
+def _last_results(evals: list[dict[str, Any]]) -> dict[str, str | None]:
+    """What was measured last on each set, without what was counted."""
+    newest = {str(record.get("set", "validation")): record for record in evals}
+    return {
+        f"{name}: {key.replace('_', ' ')}": _decimals(number(value))
+        for name, record in newest.items()
+        for key, value in record.items()
+        if key not in ("step", "epoch", "set", "target_tokens", "examples")
+    }
 
 
 def _known(columns: dict[str, Numbers], name: str) -> Sequence[float]:

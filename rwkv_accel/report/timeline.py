@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from rwkv_accel.tracking import LOCK_FILE, TRAIN_LOG_FILE
 
 START = re.compile(r"^NEW RUN (\S+ \S+)")
 RESUME = re.compile(r"^RESUMED RUN (\S+ \S+) at step (\d+)")
@@ -24,7 +28,7 @@ class Timeline:
     started: str = ""
     """Local time of the first start."""
     state: str = "unknown"
-    """running, stopped or finished, by the last word of the log; unknown without one."""
+    """running, stopped or finished, by the last word of the log; killed if nobody is there to say one; or unknown."""
     marks: list[tuple[int, str]] = field(default_factory=list)
     """(step, text) of resumes."""
     events: list[str] = field(default_factory=list)
@@ -33,8 +37,27 @@ class Timeline:
     """The last NUM_MESSAGES messages."""
 
 
-def read_timeline(path: Path) -> Timeline:
-    """Read train_log.txt; a missing file has no events, and bytes that are no text are shown as such."""
+def read_timeline(folder: Path) -> Timeline:
+    """The course of the run in a folder; without a train_log.txt it has no events."""
+    timeline = _read(folder / TRAIN_LOG_FILE)
+    if timeline.state == "running" and _is_left(folder / LOCK_FILE):
+        timeline.state = "killed"
+    return timeline
+
+
+def _is_left(lock_file: Path) -> bool:
+    """Whether the process that wrote here is gone. Only the machine that it ran on can tell."""
+    try:
+        with open(lock_file, encoding="utf-8", errors="replace") as file:
+            if not file.read(200).endswith(f" on {socket.gethostname()}"):
+                return False
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # held, or there is none
+        return False
+    return True
+
+
+def _read(path: Path) -> Timeline:
     try:
         lines = path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
     except OSError:

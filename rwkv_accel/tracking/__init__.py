@@ -9,6 +9,7 @@ from rwkv_accel.tracking.record import TIME_FIELDS, StepRecord
 from rwkv_accel.tracking.run_log import (
     ENVIRONMENT_FILE,
     EVAL_FILE,
+    LOCK_FILE,
     LOG_FILES,
     LOSS_FILE,
     RUN_FILE,
@@ -20,6 +21,7 @@ from rwkv_accel.tracking.run_log import (
 __all__ = [
     "ENVIRONMENT_FILE",
     "EVAL_FILE",
+    "LOCK_FILE",
     "LOG_FILES",
     "LOSS_FILE",
     "RUN_FILE",

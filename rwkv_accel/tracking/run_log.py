@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 RUN_FILE = "run.yaml"
+LOCK_FILE = ".lock"
 ENVIRONMENT_FILE = "environment.json"
 LOSS_FILE = "loss_data.json"
 EVAL_FILE = "eval_data.json"

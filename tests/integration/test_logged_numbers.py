@@ -101,6 +101,14 @@ def test_speed_is_that_count_over_the_time(records):
     assert checked == 2 * (per_epoch - 1) - 1
 
 
+def test_the_run_leaves_its_report(work, records):
+    text = (work / "replayed" / "report.html").read_text(encoding="utf-8")
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    (run,) = data["runs"]
+    assert run["columns"]["loss"] == pytest.approx([record["loss"] for record in records], rel=1e-6)
+    assert (run["summary"]["status"], run["summary"]["layers"], run["summary"]["method"]) == ("finished", "2", "full")
+
+
 def test_packed_and_shuffled_epochs_have_the_mean_of_all_documents(work):
     """Each update takes the whole data at a rate of 0: its loss is the mean over every target, whatever the packing."""
     records = train(

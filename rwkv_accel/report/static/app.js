@@ -8,6 +8,8 @@ const AXES = {
 };
 // Columns with a chart of their own; any other number of a record gets one below "more".
 const DRAWN = ["loss", "smoothed_loss", "lr", "weight_decay", "grad_norm", "kt_s", "wait_share", "memory_bytes", "mfu"];
+// What evaluation counts, as opposed to what it measures.
+const COUNTS = ["step", "epoch", "tokens_seen", "seconds", "target_tokens", "examples", "loss", "bits_per_byte", "perplexity"];
 const UNDRAWN = ["step", "epoch", "tokens", "target_tokens", "tokens_seen", "seconds", "wall_seconds", "target_kt_s", "it_s"];
 const POLL_MS = 2000;
 
@@ -105,8 +107,14 @@ function chartSpecs() {
     { id: "memory", title: "Memory", note: "peak of the main process", zero: true, lines: plain("memory_bytes", 2 ** 30), format: Format.gib, tick: (v) => compact(v) + " G" },
   ].filter(Boolean);
   const drawn = new Set([...DRAWN, ...UNDRAWN]);
-  const others = [...new Set(view.runs.flatMap((run) => Object.keys(run.columns)))].filter((name) => !drawn.has(name));
-  return [...specs, ...others.map((name) => ({ id: "x-" + name, title: name, lines: plain(name), format: Format.number }))];
+  const names = (columns) => [...new Set(columns.flatMap((each) => Object.keys(each)))];
+  const measured = names(view.runs.flatMap((run) => run.evals.map((set) => set.columns)))
+    .filter((name) => !COUNTS.includes(name) && !name.startsWith("num_"));
+  const others = names(view.runs.map((run) => run.columns))
+    .filter((name) => !drawn.has(name) && has(name, (y) => y !== null && y !== 0));
+  return [...specs,
+    ...measured.map((name) => ({ id: "e-" + name, title: "Validation, " + name.replaceAll("_", " "), lines: () => evalLines(name), format: Format.number })),
+    ...others.map((name) => ({ id: "x-" + name, title: name.replaceAll("_", " "), lines: plain(name), format: Format.number }))];
 }
 
 function buildCharts() {

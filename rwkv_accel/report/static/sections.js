@@ -113,19 +113,22 @@ function samplePrompts(runs, step, isAll) {
     }))));
 }
 
-const HEAT_TOP = 8;
-
+// Half of the shade is reached at 1.7 nats, a probability of 18%.
 function heat(loss) {
-  return `rgba(${colour("--heat")}, ${(0.7 * Math.min(Math.max(loss, 0) / HEAT_TOP, 1)).toFixed(3)})`;
+  return `rgba(${colour("--heat")}, ${(0.75 * (1 - Math.exp(-Math.max(loss, 0) / 2.5))).toFixed(3)})`;
 }
 
 function drawTokens(place, view) {
   const runs = view.visible().filter((run) => run.token_losses && Array.isArray(run.token_losses.documents));
   place.hidden = !runs.length;
-  const scale = [0, 2, 4, 6, 8].map((loss) => [make("i", { style: { background: heat(loss) } }), String(loss)]);
-  place.replaceChildren(
-    make("h2", {}, "Tokens by loss", make("span", { class: "heat" }, scale, "nats and more")),
-    ...runs.flatMap((run) => run.token_losses.documents.map((document, number) => tokenDocument(run, document, number))));
+  const scale = [0, 1, 2, 4, 8].map((loss) => [make("i", { style: { background: heat(loss) } }), String(loss)]);
+  // The same document of all runs side by side.
+  const most = Math.max(0, ...runs.map((run) => run.token_losses.documents.length));
+  const documents = [...Array(most).keys()].flatMap((number) => runs
+    .filter((run) => number < run.token_losses.documents.length)
+    .map((run) => tokenDocument(run, run.token_losses.documents[number], number)));
+  place.replaceChildren(make("h2", {}, "Tokens by loss", make("span", { class: "heat" }, scale, " nats")),
+    make("div", { class: runs.length > 1 ? "documents" : "" }, documents));
 }
 
 function tokenDocument(run, document, number) {

@@ -138,7 +138,7 @@ def test_sets_keep_their_own_curves_and_the_first_decides(tmp_path):
     run = read_run(folder, "run")
     assert [found["set"] for found in run["evals"]] == ["validation", "code"]
     assert run["summary"]["best validation loss"].startswith(f"{loss_at(100) + 0.25:.4f}")
-    assert run["summary"]["code: last loss"] == f"{loss_at(100, 0.1) + 0.25:.4f}"
+    assert run["summary"]["code: loss"] == f"{loss_at(100, 0.1) + 0.25:.4f}"
 
 
 def test_a_fresh_start_in_the_same_folder_begins_the_timeline_anew(tmp_path):
@@ -146,9 +146,22 @@ def test_a_fresh_start_in_the_same_folder_begins_the_timeline_anew(tmp_path):
         "NEW RUN 2026-01-01 10:00:00.000001\n{}\n# 2026-01-01 10:00:05 stopped by SIGINT after step 3, saved\n"
         "NEW RUN 2026-01-02 10:00:00.000001\n{}\n# 2026-01-02 10:00:05 saved out\n0 4.1 61.7 0.0006 2026-01-02 0\n"
     )
-    timeline = read_timeline(tmp_path / "train_log.txt")
+    timeline = read_timeline(tmp_path)
     assert (timeline.num_starts, timeline.state, timeline.marks) == (1, "running", [])
     assert timeline.messages == ["2026-01-02 10:00:05 saved out"]
+
+
+def test_a_run_whose_process_is_gone_was_killed(tmp_path):
+    from rwkv_accel.checkpoint.run_lock import take
+
+    (tmp_path / "train_log.txt").write_text("NEW RUN 2026-01-01 10:00:00.000001\n{}\n")
+    assert read_timeline(tmp_path).state == "running", "without a lock nobody knows"
+    lock = take(tmp_path)
+    assert read_timeline(tmp_path).state == "running"
+    lock.release()
+    assert read_timeline(tmp_path).state == "killed"
+    (tmp_path / ".lock").write_text("process 5 on another.machine")
+    assert read_timeline(tmp_path).state == "running"
 
 
 def test_text_of_a_run_cannot_leave_its_data_block(tmp_path):

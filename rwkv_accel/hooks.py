@@ -297,8 +297,8 @@ def on_train_end(state: TrainState, run: Run) -> None:
     if run.checkpoint_step != state.step:
         on_checkpoint(state, run)
     run.writer.finish(run.accelerator)
-    if left_out := run.loader.left_out():
-        run.log.message(left_out)
+    if summary := run.loader.summary(state.rows_consumed):
+        run.log.message(summary)
     run.stop.release()
     if state.sampled_step != state.step:
         on_samples(state, run)

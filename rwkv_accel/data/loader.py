@@ -123,12 +123,9 @@ class TrainLoader:
         before = sum(s.store.num_documents for s in self._sources[:index] if isinstance(s, PlannedRows))
         return [before + document for document in source.documents(local)]
 
-    def left_out(self) -> str:
-        """What a stream has left out so far; empty for data that describe() knows as a whole."""
-        report = self._stream.report if self._stream else ReadReport()
-        return (
-            f"data: {report.num_skipped:,} lines skipped, first: {report.first_skipped}" if report.num_skipped else ""
-        )
+    def summary(self, rows_consumed: int) -> str:
+        """What a stream has read and left out so far; empty for data that describe() knows as a whole."""
+        return self._stream.summary(rows_consumed) if self._stream else ""
 
     def describe(self) -> str:
         """Documents, tokens, rows, unused share of the rows, and everything that was left out or cut."""

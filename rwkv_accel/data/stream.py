@@ -136,6 +136,22 @@ class StreamRows:
             self.close()
             self._open(self.state_dict(row))
 
+    def summary(self, row: int) -> str:
+        """What was read for the rows before this one, to the end of their block, and what was left out of it."""
+        # A run that starts again when it is over reads no block: it knows what came before its own.
+        behind = next((mark for mark in self._marks if mark["row"] >= row), self._marks[-1])
+        documents, overlong, without_target = behind["counts"]
+        skipped, first = behind["skipped"]
+        parts = [f"{documents:,} documents read"]
+        if overlong:
+            done = {"split": "split", "truncate": "truncated", "drop": "dropped"}[self._data.overlong]
+            parts.append(f"{overlong:,} longer than {self._data.ctx_len} tokens and {done}")
+        if without_target:
+            parts.append(f"{without_target:,} documents or pieces without a target left out")
+        if skipped:
+            parts.append(f"{skipped:,} lines skipped, first: {first}")
+        return "data: " + ", ".join(parts)
+
     def forget(self, row: int) -> None:
         """Rows before this one will not be asked for again."""
         while len(self._marks) > 1 and self._marks[1]["row"] <= row:
@@ -148,7 +164,7 @@ class StreamRows:
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """None: the beginning."""
         self.close()
-        self._marks = [state or {"row": 0, "block": 0, "chains": [], "skipped": [0, ""]}]
+        self._marks = [state or {"row": 0, "block": 0, "chains": [], "skipped": [0, ""], "counts": [0, 0, 0]}]
         self._open(self._marks[0])
 
     def close(self) -> None:
@@ -165,7 +181,7 @@ class StreamRows:
         for chain, state in zip(self._chains, mark["chains"]):
             chain.load_state_dict(state)
         self._documents = [chain.documents() for chain in self._chains]
-        self._next_row, self._next_number = mark["row"], mark["block"]
+        self._next_row, self._next_number, self._counts = mark["row"], mark["block"], mark["counts"]
 
     def _read_ahead(self) -> Future[Block]:
         """The next block, on its way."""
@@ -181,9 +197,10 @@ class StreamRows:
         return block
 
     def _read_block(self) -> Block:
-        fruitless = 0
+        fruitless, counts = 0, list(self._counts)
         while True:
             documents = self._read_documents()
+            counts[0] += len(documents)
             store = build_store(documents, self._tokenizer.vocab_size)
             plan = plan_rows(
                 store,
@@ -192,6 +209,8 @@ class StreamRows:
                 overlong=self._data.overlong,
                 keep_order=not self._data.shuffle,
             )
+            counts[1] += plan.num_overlong
+            counts[2] += plan.num_without_target
             if plan.num_rows:
                 break
             fruitless += len(documents)
@@ -205,12 +224,13 @@ class StreamRows:
         if self._data.shuffle:
             order = permute(order, plan.num_rows, derive_seed(self._seed, self._next_number))
         first = self._next_row
-        self._next_row, self._next_number = first + plan.num_rows, self._next_number + 1
+        self._next_row, self._next_number, self._counts = first + plan.num_rows, self._next_number + 1, counts
         after = {
             "row": self._next_row,
             "block": self._next_number,
             "chains": [chain.state_dict() for chain in self._chains],
             "skipped": [self.report.num_skipped, self.report.first_skipped],
+            "counts": counts,
         }
         return Block(first, PlannedRows(store, plan), order, after)
 

@@ -62,7 +62,16 @@ def runs(work):
 
     script = "tests/distributed/continue_many.py"
     launch("ddp", 2, script, recipe(work, "two"), again("two-from-3", "two", 3), again("two-from-6", "two", 6))
-    launch("cpu", 1, script, recipe(work, "one"), again("one-from-3", "one", 3), again("two-to-one", "two", 6))
+    # The second `one` is over when it starts.
+    launch(
+        "cpu",
+        1,
+        script,
+        recipe(work, "one"),
+        recipe(work, "one"),
+        again("one-from-3", "one", 3),
+        again("two-to-one", "two", 6),
+    )
     return work
 
 

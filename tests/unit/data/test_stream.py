@@ -189,14 +189,29 @@ def test_broken_lines_are_named_or_counted(tmp_path):
         make_stream(str(path))
     loader = make_stream(str(path), on_bad_line="skip", block=1, shuffle=False)
     assert flat(rows_of(loader, 3)) == ["one", "three", "one"]
-    assert loader.left_out().startswith("data: ")
     again = make_stream(str(path), on_bad_line="skip", block=1, shuffle=False)
     again.load_state_dict(loader.state_dict(2))
-    assert again.left_out() == f"data: 1 lines skipped, first: {path}:2: not JSON (Expecting value at column 10)"
+    skipped = f"1 lines skipped, first: {path}:2: not JSON (Expecting value at column 10)"
+    assert again.summary(2) == loader.summary(2) == f"data: 2 documents read, {skipped}"
     path.write_text('{"text": "one"}\n{"text": \n')
     late = make_stream(str(path), block=1)
     with pytest.raises(UserError, match=r"d.jsonl:2: not JSON"):
         rows_of(late, 3)
+
+
+def test_what_is_cut_or_left_out_is_counted_over_all_blocks(write_jsonl):
+    path = write_jsonl([{"text": "x" * length} for length in (3, 20, 4, 0, 30, 5)])
+    loader = make_stream(path, block=2, ctx_len=16, overlong="truncate")
+    assert len(flat(rows_of(loader, 5))) == 5
+    again = make_stream(path, block=2, ctx_len=16, overlong="truncate")
+    again.load_state_dict(loader.state_dict(4))
+    assert again.summary(4) == (
+        "data: 4 documents read, 1 longer than 16 tokens and truncated, 1 documents or pieces without a target left out"
+    )
+    assert loader.summary(5) == (
+        "data: 6 documents read, 2 longer than 16 tokens and truncated, 1 documents or pieces without a target left out"
+    )
+    assert make_loader(path).summary(3) == ""
 
 
 def test_streams_that_give_nothing(tmp_path, monkeypatch):

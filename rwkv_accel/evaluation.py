@@ -15,6 +15,7 @@ from rwkv_accel.config.base import share_of
 from rwkv_accel.config.schema import EvalConfig
 from rwkv_accel.data.loader import TrainLoader
 from rwkv_accel.data.tokenizer import Tokenizer
+from rwkv_accel.heartbeat import beat
 from rwkv_accel.interrupt import Stopped, StopRequest
 from rwkv_accel.tasks.answers import AnswerResult
 from rwkv_accel.tasks.choices import ChoiceResult
@@ -136,6 +137,7 @@ def evaluate(
             if index == share_of(limit_batches, loader.windows_per_epoch):
                 break
             for batch in window.batches:
+                beat("validation", in_step=True)
                 if stop is not None and stop.agreed():
                     raise Stopped
                 labels = batch.labels_BT

@@ -34,6 +34,7 @@ from rwkv_accel.errors import UserError
 from rwkv_accel.evaluation import EvalResult, Evaluator, Results
 from rwkv_accel.generation.engine import TextGenerator
 from rwkv_accel.guard import APPLIED, NONFINITE, OVERFLOW, UpdateGuard
+from rwkv_accel.heartbeat import beat
 from rwkv_accel.interrupt import Stopped, StopRequest, generator_states, set_generator_states
 from rwkv_accel.limits import RunLimits
 from rwkv_accel.peft.apply import adapter_buffers
@@ -44,6 +45,7 @@ from rwkv_accel.schedules import lr_at, wd_at
 from rwkv_accel.skipped import leave_batch, nonfinite_help
 from rwkv_accel.state import TrainState
 from rwkv_accel.tracking import RunLog, StepRecord
+from rwkv_accel.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,6 +93,7 @@ class Run:
     """The resolved recipe with the rows per update filled in: what a resume is compared with."""
     loader: TrainLoader
     lock: RunLock
+    watchdog: Watchdog
     """Keeps other runs out of the folder."""
     pending: list[tuple[StepStats, float, float]] = field(default_factory=list)
     """Stats, learning rate and weight decay of the updates whose scalars are still on the device."""
@@ -101,12 +104,19 @@ class Run:
     checkpoint_step: int = -1
     started: bool = False
 
+    def close(self) -> None:
+        """Let go of the run's folder. Nothing is written after it."""
+        self.log.close()
+        self.lock.release()
+        self.watchdog.stop()
+
 
 def on_batch_start(state: TrainState, optimizer: Optimizer, optim: OptimConfig, total_steps: int) -> None:
     """Write lr_at(step) * lr_factor * lr_scale and wd_at(step) * wd_scale into the groups. Pure in the state.
 
     Must run before any backward of the update: under DeepSpeed the last backward also steps.
     """
+    beat("training", step=state.step + 1, in_step=True)
     lr = lr_at(state.step, total_steps, optim) * state.control.lr_factor
     wd = wd_at(state.step, total_steps, optim)
     for group in optimizer.param_groups:
@@ -186,7 +196,7 @@ def on_skipped(state: TrainState, run: Run, step: int, stats: StepStats, verdict
     if verdict == NONFINITE and limit is not None and health.nonfinite_in_row >= limit:
         log_pending(state, run)
         run.writer.finish(run.accelerator)
-        run.log.close()
+        run.close()
         raise UserError(nonfinite_help(run.config, step, health.nonfinite_in_row))
 
 
@@ -253,13 +263,13 @@ def on_interrupt(state: TrainState, run: Run) -> NoReturn:
     why = run.stop.reason or "another process"
     run.log.message(f"stopped by {why} after step {state.step}, saved; start the same command again to continue")
     finish_uploads(run)
-    run.log.close()
-    run.lock.release()
+    run.close()
     raise SystemExit(EXIT_STOPPED)
 
 
 def on_checkpoint(state: TrainState, run: Run, name: str | None = None) -> None:
     """Collective. Write the resume checkpoint of this step, with the numbers that wait for their record."""
+    beat("saving a checkpoint", in_step=True)
     read_pending(state, run)
     model = unwrap(run.model)
     with run.log.pause():
@@ -306,8 +316,7 @@ def on_train_end(state: TrainState, run: Run) -> None:
     if run.accelerator.is_main_process:
         report(run)
     finish_uploads(run)
-    run.log.close()
-    run.lock.release()
+    run.close()
     run.accelerator.wait_for_everyone()
 
 
@@ -338,6 +347,7 @@ def save_latest(state: TrainState, run: Run, name: str) -> None:
 
 def save(state: TrainState, run: Run, folder: Path) -> None:
     """Collective. Write the trained weights into a folder."""
+    beat("saving the weights", in_step=True)
     read_pending(state, run)
     with run.log.pause():
         save_weights(

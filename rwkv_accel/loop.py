@@ -11,6 +11,7 @@ from torch import Tensor
 from rwkv_accel.config.schema import RunConfig
 from rwkv_accel.data.batch import Batch
 from rwkv_accel.guard import UpdateGuard
+from rwkv_accel.heartbeat import beat
 from rwkv_accel.hooks import (
     Run,
     StepStats,
@@ -96,12 +97,15 @@ def train_window(run: Run, window: list[Batch]) -> StepStats | None:
         # Set by hand: accelerator.accumulate() watches a prepared loader, and this one is not.
         accelerator.sync_gradients = index == last
         with nullcontext() if index == last else _no_sync(accelerator, model):
+            beat("training, forward pass", in_step=True)
             loss = model(batch.ids_BT, batch.labels_BT, target_rows=batch.target_rows_R, cu_seqlens=batch.cu_seqlens)
             losses.append(loss.detach())
+            beat("training, backward pass", in_step=True)
             if index == last:
                 mean_loss = accelerator.reduce(torch.stack(losses).double().sum(), "sum") / num_targets
                 scale = scale * guard.weigh(mean_loss)
             accelerator.backward(loss * scale.float())
+    beat("training, update", in_step=True)
     grad_norm = _step(run, guard)
     return StepStats(mean_loss, grad_norm, counts[0], counts[1], guard.verdict, losses, [b.sample_ids for b in window])
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TextIO, TypeVar
 
+from rwkv_accel.heartbeat import beat
 from rwkv_accel.runtime import is_main_process
 
 Item = TypeVar("Item")
@@ -43,14 +44,18 @@ def progress(
     if mode == "bar":
         from tqdm import tqdm
 
-        yield from tqdm(
+        shown = tqdm(
             items, desc=desc, total=total, unit=f" {unit or 'it'}", file=stream, dynamic_ncols=True, leave=False,
             delay=SECONDS_BEFORE_BAR,
         )  # fmt: skip
+        for item in shown:
+            beat(desc)
+            yield item
         return
     of_total = "" if total is None else f"/{total:,}"
     last = clock()
     for done, item in enumerate(items):
+        beat(desc)
         if mode == "lines" and clock() - last >= SECONDS_BETWEEN_LINES:
             last = clock()
             stream.write(f"{desc}: {done:,}{of_total} {unit}".rstrip() + "\n")

@@ -32,6 +32,7 @@ from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.errors import UserError
 from rwkv_accel.evaluation import Evaluator, token_lengths
 from rwkv_accel.guard import UpdateGuard
+from rwkv_accel.heartbeat import beat
 from rwkv_accel.hooks import Run, is_sharded
 from rwkv_accel.interrupt import StopRequest
 from rwkv_accel.limits import RunLimits
@@ -61,6 +62,7 @@ from rwkv_accel.state import TrainState
 from rwkv_accel.tasks.run import read_tasks
 from rwkv_accel.tracking import ENVIRONMENT_FILE, RUN_FILE, RunLog
 from rwkv_accel.tracking.flops import compute_of
+from rwkv_accel.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,11 +84,20 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     resume_from = find_resume_on_all(accelerator, config.out_dir, config.checkpoint, remote.store if remote else None)
     saved = read_state(resume_from) if resume_from else None
     on_main(accelerator, lambda: prepare_out_dir(config))
+    watchdog = Watchdog(
+        config.out_dir,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        timeout=trainer.stall_timeout_seconds,
+        action=trainer.stall_action,
+    ).start()
+    beat("reading the data")
     loader, evaluator = build_loader(config, accelerator), build_evaluator(config, accelerator)
     check_answers(config, accelerator)
     identity = identity_of(config, loader)
     if saved:
         check_same_run(saved["config"], identity)
+    beat("loading the model")
     base, digest = prepare_base(config, accelerator)
     if saved:
         check_same_base(saved["base_digest"], digest, resume_from)
@@ -107,6 +118,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     facts = on_main(accelerator, lambda: write_environment(config, {"model": model_facts(model)}))
     gpu = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else None
     compute = compute_of(model, gpu, accelerator.num_processes)
+    beat("setting up the engine")
     model, optimizer = accelerator.prepare(model, optimizer)
     check_engine(accelerator, model, trainer, loader.micro_batches_per_window)
     state = TrainState()
@@ -149,6 +161,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         identity=identity,
         loader=loader,
         lock=lock,
+        watchdog=watchdog,
     )
     if saved:
         loader.load_state_dict(saved["extra"].get("data"))

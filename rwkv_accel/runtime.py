@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 # Stopped by a signal after saving: a launcher should start the same command again (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
+# Ended by the watchdog (EX_SOFTWARE).
+EXIT_STALLED = 70
 PROCESS_GROUP_TIMEOUT_SECONDS = 600
 
 

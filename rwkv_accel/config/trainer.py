@@ -75,6 +75,10 @@ class TrainerConfig(Strict):
     None: never. Noticed at the next log record."""
     spike_guard_factor: Annotated[float, Field(gt=1)] | None = None
     """Skip an update whose loss is above this multiple of the running mean loss (of about 50 updates). None: off."""
+    stall_timeout_seconds: Annotated[float, Field(gt=0)] | None = 600.0
+    """Report where every rank stands, with its stacks, after this long without progress of any rank. None: never."""
+    stall_action: Literal["report", "exit"] = "report"
+    """exit: after the report, end the process with exit code 70, so that a launcher can start the run again."""
     l2wrap: Annotated[float, Field(ge=0)] = 1e-4
     """Strength of the pull of the largest logit towards 0 (gradient only). 0 switches it off."""
     loss_chunk_rows: Positive = 512

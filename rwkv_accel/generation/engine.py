@@ -21,6 +21,7 @@ from rwkv_accel.generation.penalty import PenaltyCounter
 from rwkv_accel.generation.prefill import prefill
 from rwkv_accel.generation.sampling import draw, probabilities
 from rwkv_accel.generation.text import TextStream, Tokenizer
+from rwkv_accel.heartbeat import beat
 from rwkv_accel.model.rwkv7 import RWKV7
 from rwkv_accel.model.state import RWKV7State
 
@@ -186,6 +187,7 @@ class TextGenerator:
         state: RWKV7State | None = None
         logits_RV: Tensor | None = None
         while True:
+            beat("generation")
             self.interrupted = self.interrupted or (self._should_stop is not None and self._should_stop())
             entering = [] if self.interrupted else self._take(waiting, self.batch_size - len(rows))
             if entering:

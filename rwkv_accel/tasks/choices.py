@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rwkv_accel.checkpoint.collective import all_ranks
+from rwkv_accel.heartbeat import beat
 from rwkv_accel.interrupt import Stopped, StopRequest
 from rwkv_accel.model.state import RWKV7State
 from rwkv_accel.ops.loss import IGNORE_INDEX
@@ -99,6 +100,7 @@ def score_choices(accelerator: Accelerator, model: Any, task: TaskSet, stop: Sto
     passes = [_Pass(task.examples, rows) for rows in _passes(task.examples)]
     with torch.no_grad():
         for first in range(0, len(passes), world):
+            beat("validation", in_step=True)
             if stop is not None and stop.agreed():
                 raise Stopped
             together = passes[first : first + world]

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "rwkv_accel"
 
 LAYERS = [
-    {"errors", "config", "runtime", "progress", "__init__"},
+    {"errors", "config", "runtime", "heartbeat", "progress", "__init__"},
     {"ops"},
     {"model"},
     {"peft", "data"},
@@ -25,6 +25,7 @@ LAYERS = [
         "profiling",
         "metric_control",
         "guard",
+        "watchdog",
         "skipped",
         "tasks",
         "cluster",

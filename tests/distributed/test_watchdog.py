@@ -1,0 +1,62 @@
+"""A rank that comes to a halt is reported by all that still can, with stacks, and told from those that wait for it."""
+
+import json
+
+import pytest
+
+from tests.distributed import stall_worker
+from tests.distributed.forked_launch import forked_launch
+from tests.helpers import ragged_jsonl, tiny_checkpoint, write_recipe
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stall")
+    tiny_checkpoint(folder / "base.pth", n_layer=1, n_embd=32, head_size=16)
+    ragged_jsonl(folder / "data.jsonl", 12)
+    return folder
+
+
+def run(work, name, how, **trainer):
+    tree = {
+        "out_dir": str(work / name),
+        "model": {"path": str(work / "base.pth")},
+        "peft": {"method": "lora", "rank": 2},
+        "data": {
+            "path": str(work / "data.jsonl"), "prompt_column": "q", "response_column": "a", "tokenizer": "byte",
+            "ctx_len": 96, "packing": "pad", "overlong": "truncate",
+        },
+        "trainer": {"max_steps": 4, "max_epochs": 2, "micro_batch_size": 2, **trainer},
+        "tracking": {"progress": "none"},
+    }  # fmt: skip
+    path = write_recipe(work / f"{name}.yaml", tree)
+    forked_launch(stall_worker.main, "ddp", 2, str(path), how, log=work / f"{name}.log")
+
+
+def test_report_names_the_rank_its_phase_and_its_stack(work):
+    run(work, "hang", "hang", stall_timeout_seconds=2)
+    waiting, hanging = ((work / "hang" / f"stall-rank{rank}.txt").read_text() for rank in (0, 1))
+    for text in (waiting, hanging):
+        assert "stall: no rank has made progress for" in text
+        assert "rank 1 is behind; pid" in text
+        assert "training, forward pass, step 3" in text
+        assert "rank 0 is" not in text
+    assert "this is rank 0 of 2" in waiting
+    assert "training, backward pass, step 3" in waiting
+    assert "in train_window" in waiting
+    assert "wait_in_vain" not in waiting
+    assert "this is rank 1 of 2" in hanging
+    assert "in wait_in_vain" in hanging
+    assert "in wait_in_vain" in (work / "hang.log").read_text()
+    # It went on after all: nothing was ended, and the run was finished.
+    assert len(json.loads((work / "hang" / "loss_data.json").read_text())) == 4
+    assert not (work / "hang" / "heartbeat").exists()
+
+
+def test_stopped_process_is_named_by_the_others_which_end(work):
+    with pytest.raises(AssertionError, match=r"exit codes \[70, -9\]"):
+        run(work, "stop", "stop", stall_timeout_seconds=2, stall_action="exit")
+    text = (work / "stop" / "stall-rank0.txt").read_text()
+    assert "rank 1 is behind and is stopped as a whole or gone; pid" in text
+    assert "in train_window" in text
+    assert not (work / "stop" / "stall-rank1.txt").exists()

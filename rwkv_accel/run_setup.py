@@ -91,13 +91,11 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         timeout=trainer.stall_timeout_seconds,
         action=trainer.stall_action,
     ).start()
-    beat("reading the data")
     loader, evaluator = build_loader(config, accelerator), build_evaluator(config, accelerator)
     check_answers(config, accelerator)
     identity = identity_of(config, loader)
     if saved:
         check_same_run(saved["config"], identity)
-    beat("loading the model")
     base, digest = prepare_base(config, accelerator)
     if saved:
         check_same_base(saved["base_digest"], digest, resume_from)
@@ -118,7 +116,6 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     facts = on_main(accelerator, lambda: write_environment(config, {"model": model_facts(model)}))
     gpu = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else None
     compute = compute_of(model, gpu, accelerator.num_processes)
-    beat("setting up the engine")
     model, optimizer = accelerator.prepare(model, optimizer)
     check_engine(accelerator, model, trainer, loader.micro_batches_per_window)
     state = TrainState()
@@ -286,6 +283,7 @@ def model_shape(config: RunConfig) -> RWKV7Config:
 
 def prepare_base(config: RunConfig, accelerator: Accelerator) -> tuple[ModelConfig, str]:
     """The model section with the file that holds the base, and the base's digest. Collective."""
+    beat("loading the model")
     init = config.model.init
     if init is not None:
         path = Path(config.out_dir) / INIT_FILE

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rwkv_accel.heartbeat import pulse
+from rwkv_accel.heartbeat import beat, pulse
 from rwkv_accel.runtime import EXIT_STALLED
 
 HEARTBEAT_DIR = "heartbeat"
@@ -48,6 +48,7 @@ class Watchdog:
 
     def start(self) -> Watchdog:
         if self._timeout is not None:
+            beat("reading the data")
             self._leave_pulse()
             atexit.register(self.stop)
             threading.Thread(target=self._watch, args=(self._timeout,), name="watchdog", daemon=True).start()

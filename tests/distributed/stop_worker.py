@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 
-from rwkv_accel import hooks, interrupt, loop
+from rwkv_accel import evaluation, hooks, interrupt, loop
 from rwkv_accel.config.load import load_config
 from rwkv_accel.data import corpus
 from rwkv_accel.data.documents import DocumentReader
@@ -64,7 +64,7 @@ def send_signal_within(where, count, rank, twice=None):
         setattr(owner, name, call)
 
     marked(loop, "train_window", "train")
-    marked(hooks, "evaluate", "eval")
+    marked(evaluation, "evaluate", "eval")
     marked(TextGenerator, "generate", "samples")
     marked(hooks, "on_samples", "after samples")
     loop.on_samples = hooks.on_samples

@@ -9,6 +9,9 @@ from typing import Any, TextIO
 
 from rwkv_accel.progress import SECONDS_BETWEEN_LINES, choose_mode
 
+# The text says what is worth the width; a terminal of 80 columns shows it up to the time to go.
+BAR_FORMAT = "{n_fmt}/{total_fmt} |{bar:8}| {desc}"
+
 
 class Progress:
     """Progress of a run in optimizer updates, and messages that do not tear the bar. Writes to stderr by default."""
@@ -39,15 +42,14 @@ class Progress:
                 total=total_steps,
                 initial=resume_step,
                 file=self._stream,
-                unit="step",
+                bar_format=BAR_FORMAT,
                 dynamic_ncols=True,
-                smoothing=0.1,
             )
 
     def show(self, step: int, text: str) -> None:
         """The state after this step. Lines come at most every few seconds, but the last step always has one."""
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_description_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
         elif self._mode == "lines":
             now, is_last = self._clock(), step >= self._total_steps

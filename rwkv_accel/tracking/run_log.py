@@ -280,6 +280,6 @@ def _line(values: dict[str, Any], rates: Rates) -> str:
     mfu = f" mfu {values['mfu']:.1%}" if "mfu" in values else ""
     return (
         f"epoch {values['epoch']} loss {values['loss']:.4f} (mean {values['smoothed_loss']:.4f}) "
-        f"lr {values['lr']:.2e} {rates.kt_s:.2f} Kt/s{mfu} wait {rates.wait_share:.0%} "
-        f"mem {values['memory_bytes'] / 2**30:.1f} GiB eta {duration(rates.eta_seconds)}"
+        f"{rates.kt_s:.2f} Kt/s{mfu} eta {duration(rates.eta_seconds)} lr {values['lr']:.2e} "
+        f"wait {rates.wait_share:.0%} mem {values['memory_bytes'] / 2**30:.1f} GiB"
     )

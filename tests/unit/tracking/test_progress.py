@@ -26,7 +26,7 @@ def test_bar_or_lines(mode, stream, is_bar, clock):
     shown.show(10, "loss 1.25")
     shown.close()
     text = stream.getvalue()
-    assert ("10/10 [" in text and "loss 1.25" in text) == is_bar
+    assert ("10/10 |########| loss 1.25" in text) == is_bar
     assert (text == "step 10/10 loss 1.25\n") == (not is_bar)
 
 
@@ -51,10 +51,10 @@ def test_lines_are_some_seconds_apart_and_the_last_is_shown(clock):
 def test_bar_starts_at_the_resumed_step():
     stream = Terminal()
     shown = Progress("bar", 100, 40, stream=stream)
-    assert "| 40/100 [" in stream.getvalue()
+    assert "40/100 |###" in stream.getvalue()
     shown.show(100, "")
     shown.close()
-    assert "| 100/100 [" in stream.getvalue()
+    assert "100/100 |########|" in stream.getvalue()
 
 
 def test_message_stands_on_its_own_line_above_the_bar():

@@ -31,6 +31,22 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def process_rank() -> int:
+    """Rank of this process among those that the launcher started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_strategy() -> str:
+    """What the launcher asked for, by names of accelerate_configs/: valid whether or not an Accelerator exists."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        return f"zero{stage}" + ("" if offload == "none" else "_offload")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return "fsdp2"
+    return "ddp" if world_size() > 1 else "single"
+
+
 def world_size() -> int:
     """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -56,9 +72,12 @@ def _path_from(variable: str) -> Path | None:
     return Path(value) if value else None
 
 
-def fail(error: UserError) -> int:
-    """Print a user's mistake as plain lines (rank 0 only) and return the exit code for it."""
-    if is_main_process():
+def fail(error: UserError, *, on_any_rank: bool = False) -> int:
+    """Print a user's mistake as plain lines and return the exit code for it.
+
+    on_any_rank: the process that met it speaks, not only rank 0: the others know nothing of it.
+    """
+    if on_any_rank or is_main_process():
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
     return EXIT_USER_ERROR

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 from rwkv_accel.config.load import dump_config, load_config
 from rwkv_accel.errors import UserError
-from rwkv_accel.runtime import end_with_launcher, fail, is_main_process, set_environment_defaults
+from rwkv_accel.runtime import (
+    end_with_launcher,
+    fail,
+    is_main_process,
+    launched_strategy,
+    process_rank,
+    set_environment_defaults,
+    world_size,
+)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,6 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(config)
     except UserError as error:
         return fail(error)
+    except (RuntimeError, MemoryError) as error:
+        from rwkv_accel.out_of_memory import is_out_of_memory, out_of_memory_help
+
+        if not is_out_of_memory(error):
+            raise
+        text = out_of_memory_help(
+            config, error, rank=process_rank(), strategy=launched_strategy(), world_size=world_size()
+        )
+        return fail(UserError(text), on_any_rank=True)
     return 0
 
 

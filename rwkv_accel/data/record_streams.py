@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
 from itertools import islice
 from typing import Any, Protocol
 
@@ -86,8 +85,7 @@ class TableStream:
                 yield table_record(self._source, self._row, fields)
 
     def place(self) -> dict[str, Any]:
-        # What it returns lives on and changes with the next row.
-        return {"table": deepcopy(self._table.state_dict()), "row": self._row}
+        return {"table": self._table.state_dict(), "row": self._row}
 
 
 class CountedStream:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from tests.helpers import ROOT, environment
 
@@ -36,44 +40,83 @@ DEMO = [
 ]
 
 
-def why_no_hosts() -> str | None:
-    """Why network namespaces cannot be made here, or None."""
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    missing = [tool for tool in ("ip", "unshare") if shutil.which(tool) is None]
-    if missing:
-        return f"not installed: {', '.join(missing)} (Debian: iproute2, util-linux)"
-    probe = subprocess.run(["ip", "netns", "add", "rwprobe"], capture_output=True, text=True, check=False)
-    if probe.returncode:
-        return f"no network namespaces here: {probe.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", "rwprobe"], check=True)
-    return None
-
-
-def why_no_slurm() -> str | None:
-    """Why a Slurm cannot be started here, or None."""
-    missing = [tool for tool in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(tool) is None]
-    if missing:
-        return f"not installed: {', '.join(missing)} (Debian: slurm-wlm, munge)"
-    return why_no_hosts()
+HOSTS_TOOLS = {"ip": "iproute2", "unshare": "util-linux"}
+SLURM_TOOLS = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge"}
+# The hosts have fixed names and addresses: one suite at a time on a machine.
+MACHINE_LOCK = Path(tempfile.gettempdir()) / "rwkv_accel-hosts.lock"
+LOCK_SECONDS = 120
+# Nobody listens there: refused means reached.
+REACH = """import socket
+try: socket.create_connection(("10.77.0.11", 9), timeout=5)
+except ConnectionRefusedError: pass
+"""
 
 
 @contextmanager
 def hosts(number: int = 2) -> Iterator[None]:
-    subprocess.run([str(HERE / "hosts/up.sh"), str(number)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run([str(HERE / "hosts/down.sh"), str(number)], check=True)
+    """Two hosts with a network each and a bridge between them. Skips, with the reason, where they cannot be made."""
+    _skip_without(HOSTS_TOOLS)
+    with _alone_on_this_machine():
+        try:
+            _make("network namespaces", HERE / "hosts/up.sh", number)
+            _prove_that_they_meet()
+            yield
+        finally:
+            subprocess.run([str(HERE / "hosts/down.sh"), str(number)], check=True)
 
 
 @contextmanager
 def slurm(folder: Path, number: int = 2) -> Iterator[None]:
-    try:
-        subprocess.run([str(HERE / "slurm/up.sh"), str(folder), str(number), "2"], check=True, timeout=120)
+    """A Slurm across two hosts. Skips, with the reason, where it does not start."""
+    _skip_without(HOSTS_TOOLS | SLURM_TOOLS)
+    with _alone_on_this_machine():
+        try:
+            _make("network namespaces", HERE / "hosts/up.sh", number)
+            _prove_that_they_meet()
+            _make("a Slurm", HERE / "slurm/up.sh", folder, number, 2)
+            environ = f"SLURM_CONF={folder / 'slurm.conf'}"
+            _make("a Slurm that runs jobs", "env", environ, "srun", "-N", number, "--time=1", "true")
+            yield
+        finally:
+            subprocess.run([str(HERE / "slurm/down.sh"), str(folder), str(number)], check=False, timeout=60)
+
+
+def _skip_without(tools: dict[str, str]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing:
+        packages = ", ".join(sorted({tools[tool] for tool in missing}))
+        pytest.skip(f"not installed: {', '.join(missing)} (Debian: {packages})")
+
+
+@contextmanager
+def _alone_on_this_machine() -> Iterator[None]:
+    with MACHINE_LOCK.open("w") as lock:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    pytest.skip("another test run on this machine has the hosts rwh0 and rwh1")
+            time.sleep(0.5)
         yield
-    finally:
-        subprocess.run([str(HERE / "slurm/down.sh"), str(folder), str(number)], check=False, timeout=60)
+
+
+def _make(what: str, *command: object) -> None:
+    try:
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{what} cannot be made here: no answer within 120 s")
+    if done.returncode:
+        pytest.skip(f"{what} cannot be made here: {done.stderr.strip()[-1000:]}")
+
+
+def _prove_that_they_meet() -> None:
+    """A firewall of this machine may drop what crosses a bridge; a sandbox may forbid to mount."""
+    _make("two hosts that reach each other", HERE / "hosts/on.sh", 0, sys.executable, "-c", REACH)
 
 
 @dataclass

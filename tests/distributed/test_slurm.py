@@ -1,6 +1,7 @@
 """The job scripts on a real Slurm: slurmctld, two slurmd on hosts of their own, munge; all started and ended here.
 
     python -m pytest -m long tests/distributed/test_slurm.py
+    python -m pytest -m several_hosts tests/distributed/test_slurm.py       the short form, which CI runs
 
 Needs root and Debian's packages slurm-wlm and munge. Cannot prove anything about GPUs granted by Slurm (GRES).
 """
@@ -18,16 +19,10 @@ from tests.distributed.cluster import (
     losses,
     slurm,
     wait_for,
-    why_no_slurm,
 )
 from tests.helpers import ROOT, environment, train_cli
 
-REASON = why_no_slurm()
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 # Slow enough to be caught in the middle.
 LONG = [*DEMO, "data.ctx_len=256", "trainer.max_epochs=100000", "checkpoint.every_n_steps=5"]
 
@@ -109,6 +104,7 @@ def saved_at(log):
     return [int(line.split("saved at step ")[1].split(",")[0]) for line in log.splitlines() if "saved at step" in line]
 
 
+@pytest.mark.several_hosts
 def test_two_nodes_train(cluster, tmp_path):
     out_dir, log = tmp_path / "run", tmp_path / "job.log"
     job = cluster.submit("multi_node", log, *DEMO, f"out_dir={out_dir}", "trainer.max_steps=8", options=["-N", 2])
@@ -120,6 +116,7 @@ def test_two_nodes_train(cluster, tmp_path):
     assert not (ROOT / "slurm-files" / job).exists()
 
 
+@pytest.mark.several_hosts
 def test_signal_saves_requeues_and_continues_exactly(cluster, tmp_path):
     out_dir, log = tmp_path / "run", tmp_path / "job.log"
     job = cluster.submit("multi_node_ft", log, *LONG, f"out_dir={out_dir}", options=["-N", 2])
@@ -158,6 +155,7 @@ def test_preemption_saves_and_requeues(cluster, tmp_path):
     cluster.cancel(job)
 
 
+@pytest.mark.several_hosts
 def test_wrong_recipe_fails_in_seconds_and_is_not_queued_again(cluster, tmp_path):
     log = tmp_path / "job.log"
     job = cluster.submit("multi_node_ft", log, DEMO[0], "optim.lr=1", options=["-N", 2])

@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[3]
 SLURM = ROOT / "launch/slurm"
 GOLDEN = Path(__file__).parent / "golden"
-SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *SLURM.glob("*.sbatch"), *ROOT.glob("tests/distributed/**/*.sh")])
+SCRIPTS = sorted(
+    [*ROOT.glob("launch/**/*.sh"), *SLURM.glob("*.sbatch"), *ROOT.glob("tests/distributed/**/*.sh"), ROOT / ".ci/run"]
+)
 RECIPE = ["launch/recipes/lora_7b.yaml", "peft.rank=64", "samples.prompts=[Hello you, it's me]"]
 
 

@@ -53,6 +53,7 @@ from rwkv_accel.runtime import (
     check_launch,
     check_offload,
     is_main_process,
+    load_cpu_adam,
     set_engine_switches,
     set_seed,
     strategy_of,
@@ -116,6 +117,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     facts = on_main(accelerator, lambda: write_environment(config, {"model": model_facts(model)}))
     gpu = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else None
     compute = compute_of(model, gpu, accelerator.num_processes)
+    load_cpu_adam(accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
     check_engine(accelerator, model, trainer, loader.micro_batches_per_window)
     state = TrainState()

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import time
 import zlib
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,8 @@ EXIT_STOPPED = 75
 # Ended by the watchdog (EX_SOFTWARE).
 EXIT_STALLED = 70
 PROCESS_GROUP_TIMEOUT_SECONDS = 600
+# No build of an extension lasts so long.
+STALE_LOCK_SECONDS = 600
 
 
 def is_main_process() -> bool:
@@ -255,6 +258,32 @@ def check_offload(accelerator: Accelerator, optimizer_name: str) -> None:
             f"optim.optimizer {optimizer_name} cannot be combined with offload_optimizer_device {device}: DeepSpeed "
             "would run Adam in its place; use optim.optimizer=adamw, or an Accelerate config without offload"
         )
+
+
+def load_cpu_adam(accelerator: Accelerator) -> None:
+    """Compile (once) and load DeepSpeed's CPU Adam, if the Accelerate config offloads; one process at a time.
+
+    Whoever builds or merely loads it takes a `lock` file. A killed process leaves that behind, and from then on every
+    start waits for it without end. A lock of the kernel, which dies with its process, tells when the file is nobody's.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or _offload_device(plugin.deepspeed_config) in (None, "none"):
+        return
+    import fcntl
+
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    folder = Path(_get_build_directory(CPUAdamBuilder.NAME, verbose=False))
+    with open(folder / ".in_turn", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        lock = folder / "lock"
+        # In a folder of the user's choice others build, too, who know nothing of taking turns.
+        if lock.exists() and (
+            folder.is_relative_to(cache_folder()) or time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS
+        ):
+            lock.unlink()
+        CPUAdamBuilder().load()
 
 
 def _offload_device(deepspeed_config: dict[str, Any]) -> str | None:

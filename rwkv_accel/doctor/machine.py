@@ -15,13 +15,13 @@ from rwkv_accel.config.schema import RunConfig
 from rwkv_accel.doctor.report import Check
 from rwkv_accel.errors import UserError
 from rwkv_accel.ops.wkv7 import BACKENDS, select_backend, wkv7
+from rwkv_accel.runtime import STALE_LOCK_SECONDS
 from rwkv_accel.tracking.trackers import check_trackers
 
 GIB = 2**30
 NEEDED_PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "safetensors")
 LOW_DISK_GIB = 10
 LOW_SHM_GIB = 1
-STALE_LOCK_SECONDS = 600
 # Largest relative difference between two fp32 implementations of the recurrence.
 KERNEL_TOLERANCE = 1e-3
 

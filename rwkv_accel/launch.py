@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_accel.errors import UserError
@@ -30,6 +31,8 @@ JOIN_SECONDS = 120.0
 LOST_SECONDS = 120.0
 # How long a launcher whose trainers were killed may take to notice it.
 EXIT_GRACE_SECONDS = 60.0
+# There when a machine has NVIDIA or AMD GPUs, granted to this job or not.
+GPU_DRIVERS = (Path("/proc/driver/nvidia/gpus"), Path("/dev/kfd"))
 # Trainers save and stop on these. A hang-up (a closed ssh connection) is turned into SIGTERM.
 FORWARDED_SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 
@@ -146,6 +149,11 @@ class Session:
         import torch
 
         wanted, present = int(args.nproc_per_node), torch.cuda.device_count()
+        if not present and any(path.exists() for path in GPU_DRIVERS):
+            say(
+                "this machine has GPUs, but none for this job: it trains on the CPU; ask the scheduler for GPUs, or "
+                "let `python -m rwkv_accel.doctor` look at the driver"
+            )
         if 0 < present < wanted:
             raise UserError(
                 f"{socket.gethostname()} has {present} GPUs but {wanted} processes were asked for; give "

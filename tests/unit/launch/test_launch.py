@@ -66,6 +66,17 @@ def test_too_few_gpus_are_named(monkeypatch):
     session._check_gpus(Namespace(nproc_per_node="4"))
 
 
+def test_gpus_that_the_job_does_not_see_are_mentioned(monkeypatch, capsys, tmp_path):
+    session = launch.Session(Namespace())
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(launch, "GPU_DRIVERS", (tmp_path / "none",))
+    session._check_gpus(Namespace(nproc_per_node="8"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(launch, "GPU_DRIVERS", (tmp_path,))
+    session._check_gpus(Namespace(nproc_per_node="8"))
+    assert "this machine has GPUs, but none for this job: it trains on the CPU" in capsys.readouterr().err
+
+
 def test_several_machines_need_an_address():
     code, text = run("--config_file", "accelerate_configs/multinode_ddp.yaml", "--machine_rank", 0, "-m", "this")
     assert code == 2

@@ -49,11 +49,10 @@ from rwkv_accel.progress import set_progress_mode
 from rwkv_accel.run_facts import environment, model_facts
 from rwkv_accel.runtime import (
     build_accelerator,
-    check_engine,
     check_launch,
     check_offload,
     is_main_process,
-    load_cpu_adam,
+    prepare,
     set_engine_switches,
     set_seed,
     strategy_of,
@@ -117,9 +116,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     facts = on_main(accelerator, lambda: write_environment(config, {"model": model_facts(model)}))
     gpu = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else None
     compute = compute_of(model, gpu, accelerator.num_processes)
-    load_cpu_adam(accelerator)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    check_engine(accelerator, model, trainer, loader.micro_batches_per_window)
+    model, optimizer = prepare(accelerator, model, optimizer, trainer, loader.micro_batches_per_window)
     state = TrainState()
     if resume_from:
         saved = load_checkpoint(accelerator, model, optimizer, resume_from)

@@ -313,6 +313,16 @@ def unwrap(model: Any) -> Any:
     return model
 
 
+def prepare(
+    accelerator: Accelerator, model: Any, optimizer: Any, trainer: TrainerConfig, micro_batches: int
+) -> tuple[Any, Any]:
+    """accelerator.prepare of model and optimizer, with what has to come before and after it. Collective."""
+    load_cpu_adam(accelerator)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    check_engine(accelerator, model, trainer, micro_batches)
+    return model, optimizer
+
+
 def check_engine(accelerator: Accelerator, model: Any, trainer: TrainerConfig, micro_batches: int) -> None:
     """After prepare: the engine must have taken the recipe's numbers."""
     from accelerate.utils import DistributedType

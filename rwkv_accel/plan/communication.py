@@ -38,9 +38,9 @@ class Training:
 
     all_params: int
     trained_params: int
-    frozen_bytes: int = 2
+    frozen_bytes: float = 2
     """Bytes per frozen weight (bf16-mixed keeps them in bf16)."""
-    trained_bytes: int = 4
+    trained_bytes: float = 4
     """Bytes per trained weight and per value of its gradient (bf16-mixed keeps both in fp32)."""
     micro_batches: int = 1
     """Per process and update."""

@@ -27,7 +27,9 @@ TIMELESS = ("step", "epoch", "loss", "smoothed_loss", "lr", "weight_decay", "gra
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chaos")
     tiny_checkpoint(folder / "base.pth")
-    ragged_jsonl(folder / "data.jsonl", 26)
+    ragged_jsonl(folder / "data.jsonl", 20)
+    # Long enough to be hit on a busy machine.
+    ragged_jsonl(folder / "eval.jsonl", 40, seed=1)
     return folder
 
 
@@ -43,8 +45,10 @@ def recipe(work, name, max_steps):
         "optim": {"lr_init": 1e-2, "lr_final": 1e-3, "warmup_steps": 2, "weight_decay": 0.1},
         # Two or more micro-batches per process, and a short window at the end of each epoch.
         "trainer": {"max_epochs": 1000, "max_steps": max_steps, "micro_batch_size": 1, "global_batch_size": 6},
-        "eval": {"split_fraction": 0.2, "every_n_steps": 3, "at_start": True, "plateau_factor": 0.9,
-                 "plateau_patience": 1},
+        "eval": {
+            "path": str(work / "eval.jsonl"), "every_n_steps": 3, "at_start": True, "plateau_factor": 0.9,
+            "plateau_patience": 1,
+        },
         "samples": {"every_n_steps": 5, "prompts": ["the river", "old mills"], "max_new_tokens": 12},
         "checkpoint": {"every_n_steps": 2, "epoch_save": 3},
         "tracking": {"progress": "none"},

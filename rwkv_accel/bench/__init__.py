@@ -4,6 +4,7 @@ CASES = {
     "wkv7": ("rwkv_accel.bench.wkv7", "WKV-7 forward and backward, and its peak memory: chunked against reference"),
     "loss": ("rwkv_accel.bench.loss", "cross-entropy over a large head: row chunks against all logits at once"),
     "train": ("rwkv_accel.bench.train", "a LoRA training step of a 0.1B-shaped model, by WKV backend"),
+    "checkpoint": ("rwkv_accel.bench.checkpoint", "a resume checkpoint: the training held up, bytes, time to go on"),
     "start": ("rwkv_accel.bench.start", "from the command to the first update of the demo"),
     "peft": ("rwkv_accel.bench.peft", "adapter layers against nn.Linear and HF peft"),
     "decode": ("rwkv_accel.bench.decode", "generation against the pip package rwkv"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -31,11 +32,13 @@ from rwkv_accel.checkpoint.store import RemoteStore
 from rwkv_accel.checkpoint.weights import BEST_DIR, WEIGHTS_DIR, has_weights, latest_weights
 from rwkv_accel.config.checkpoint import CheckpointConfig
 from rwkv_accel.errors import UserError
+from rwkv_accel.heartbeat import beat
 from rwkv_accel.tracking import LOG_FILES
 
 logger = logging.getLogger(__name__)
 
 UPLOADS_DIR = "uploads"
+SECONDS_BETWEEN_BEATS = 5.0
 
 
 @dataclass
@@ -109,7 +112,10 @@ class Uploads:
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        self._thread.join(self._config.remote_wait_seconds)
+        end = time.monotonic() + self._config.remote_wait_seconds
+        while self._thread.is_alive() and (left_seconds := end - time.monotonic()) > 0:
+            beat("waiting for uploads")
+            self._thread.join(min(left_seconds, SECONDS_BETWEEN_BEATS))
         with self._changed:
             left = [item.target for item in self._waiting]
         if not left:

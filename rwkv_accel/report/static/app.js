@@ -61,7 +61,7 @@ function lossLines() {
     const raw = line(run, run.columns, "loss", run.name, view.smoothing ? { alpha: 0.38, width: 1 } : { width: 1.4 });
     if (!view.smoothing) return [raw];
     const ys = smoothed(run.columns.step, raw.ys, view.smoothing / 100);
-    return [raw, { ...raw, name: `${run.name}, smoothed`, ys, alpha: 1, width: 2.2 }];
+    return [raw, { ...raw, smooths: run, ys, alpha: 1, width: 2.2 }];
   });
 }
 
@@ -80,7 +80,7 @@ function smoothed(steps, values, share) {
 
 function evalLines(name) {
   return view.runs.flatMap((run) => run.evals.map((set, index) => line(run, set.columns, name,
-    set.set === "validation" ? run.name : `${run.name}, ${set.set}`, { dots: true, dash: DASHES[index % DASHES.length] })));
+    set.set === "validation" ? run.name : `${run.name}, ${set.set}`, { dots: true, dash: index ? DASHES[index % DASHES.length] : null })));
 }
 
 function plain(name, unit = 1) {
@@ -152,28 +152,46 @@ function buildControls() {
     make("div", { class: "group" },
       make("button", { type: "button", id: "zoom-in", "aria-label": "Zoom in", onclick: () => view.zoomBy(0.5) }, "+"),
       make("button", { type: "button", id: "zoom-out", "aria-label": "Zoom out", onclick: () => view.zoomBy(2) }, "−"),
-      make("button", { type: "button", id: "reset", disabled: !view.zoom, onclick: () => view.zoomTo(null) }, "everything")));
+      make("button", { type: "button", id: "reset", disabled: !view.zoom, onclick: () => view.zoomTo(null) }, "reset zoom")));
+}
+
+// Section -> how it is drawn, and what of each run it is drawn from.
+const SECTIONS = {
+  overview: [drawOverview, (run) => [run.headline, run.notes]],
+  comparison: [drawComparison, (run) => run.summary],
+  samples: [drawSamples, (run) => run.samples],
+  tokens: [drawTokens, (run) => run.token_losses],
+  config: [drawConfig, (run) => [run.config, run.changed]],
+  messages: [drawMessages, (run) => [run.events, run.messages]],
+};
+const drawnFrom = {};
+
+// News of a live run redraw what has changed alone: a slider in use, or a picked token, stays.
+function drawSections(isForced) {
+  for (const [id, [draw, pick]] of Object.entries(SECTIONS)) {
+    const text = JSON.stringify(view.runs.map(pick));
+    if (isForced || drawnFrom[id] !== text) draw(document.getElementById(id), view);
+    drawnFrom[id] = text;
+  }
 }
 
 function drawAll() {
-  const place = (id) => document.getElementById(id);
-  document.title = view.runs.length === 1 ? `${view.runs[0].name} - rwkv_accel` : `${view.runs.length} runs - rwkv_accel`;
-  place("title").textContent = view.runs.length === 1 ? view.runs[0].path : `${view.runs.length} runs`;
   buildCharts();
   buildControls();
-  drawOverview(place("overview"), view);
-  drawComparison(place("comparison"), view);
-  drawSamples(place("samples"), view);
-  drawTokens(place("tokens"), view);
-  drawConfig(place("config"), view);
-  drawMessages(place("messages"), view);
+  drawSections(true);
   view.draw();
 }
 
-function take(data) {
+function take(data, isFirst) {
   view.runs = data.runs.map((run, index) => ({ ...run, index }));
+  const [first] = view.runs, isOne = view.runs.length === 1;
+  document.title = `${isOne ? first.name : view.runs.length + " runs"} - rwkv_accel`;
+  document.getElementById("title").textContent = isOne ? first.path : `${view.runs.length} runs`;
   document.getElementById("footer").textContent = `written ${data.made}`;
-  drawAll();
+  if (isFirst) return drawAll();
+  buildCharts();
+  drawSections(false);
+  view.draw();
 }
 
 // Theme: the system's, or the one that was chosen last.
@@ -218,7 +236,7 @@ async function follow(tag) {
       if (answer.status === 200) {
         const data = await answer.json();
         tag = data.tag;
-        take(data);
+        take(data, false);
       }
       show("live", true);
     } catch {
@@ -229,7 +247,7 @@ async function follow(tag) {
 
 listenTheme();
 const start = JSON.parse(document.getElementById("data").textContent);
-take(start);
+take(start, true);
 let pendingResize = 0;
 new ResizeObserver(() => {
   cancelAnimationFrame(pendingResize);

@@ -59,7 +59,7 @@ class Chart {
     this.drawGrid(context, width, height);
     context.save();
     context.beginPath();
-    context.rect(MARGIN.left, 0, width - MARGIN.left - MARGIN.right + 3, height - MARGIN.bottom + 3);
+    context.rect(MARGIN.left - 4, 0, width - MARGIN.left - MARGIN.right + 8, height - MARGIN.bottom + 4);
     context.clip();
     this.drawMarks(context, height);
     for (const line of shown) this.drawLine(context, line);
@@ -203,11 +203,15 @@ class Chart {
   }
 
   showTip(anchor, points, x, width) {
-    const rows = points.map((point) => make("tr", {},
-      make("td", {}, swatch(point.line.run.index)),
-      make("td", { class: "name" }, point.line.name),
-      make("td", { class: "num" }, point.y === null ? "not finite" : this.spec.format(point.y)),
-      point.x === anchor.x ? null : make("td", { class: "note" }, " at " + this.view.axis.exact(point.x))));
+    const text = (y) => (y === null ? "not finite" : this.spec.format(y));
+    // A smoothed curve has no row of its own: its value stands beside the one it smooths.
+    const smooth = new Map(points.filter((point) => point.line.smooths).map((point) => [point.line.smooths, point.y]));
+    const rows = points.filter((point) => !point.line.smooths).map(({ line, x: at, y }) => make("tr", {},
+      make("td", {}, swatch(line.run.index)),
+      make("td", { class: "name" }, line.name),
+      make("td", { class: "num" }, text(y)),
+      smooth.has(line.run) ? make("td", { class: "note num" }, " smoothed " + text(smooth.get(line.run))) : null,
+      at === anchor.x ? null : make("td", { class: "note" }, " at " + this.view.axis.exact(at))));
     this.tip.replaceChildren(
       make("div", { class: "at num" }, this.view.describe(anchor.line, anchor.index)),
       make("table", {}, rows));

@@ -52,6 +52,9 @@ function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
+// From the ninth run on colours come again, with dashes.
 function swatch(index) {
-  return make("span", { class: "swatch", style: { background: `var(--run-${index % 8})` } });
+  const ink = `var(--run-${index % 8})`;
+  const style = index < 8 ? { background: ink } : { border: `2px dashed ${ink}` };
+  return make("span", { class: "swatch", style });
 }

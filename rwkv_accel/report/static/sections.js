@@ -1,14 +1,33 @@
 "use strict";
 // Everything but the curves: cards, summary table, samples, tokens by loss, recipe, messages.
 
+const MOST_CARDS = 4;
+
 function drawOverview(place, view) {
-  place.replaceChildren(make("div", { class: "heads" }, view.runs.map((run) => make("div", { class: "card head-run" },
-    view.runs.length > 1 ? make("h3", {}, swatch(run.index), run.name) : null,
-    make("div", { class: "cards" }, run.headline.map((card) => make("div", {},
-      make("div", { class: "label" }, card.label),
-      make("div", { class: "value num" + (card.label === "status" ? " " + card.value : "") }, card.value),
-      make("span", { class: "note num" }, card.note)))),
-    run.notes.length ? make("ul", { class: "warnings" }, run.notes.map((note) => make("li", {}, note))) : null))));
+  place.replaceChildren(view.runs.length > MOST_CARDS ? overviewTable(view.runs)
+    : make("div", { class: "heads" }, view.runs.map((run) => make("div", { class: "card head-run" },
+      view.runs.length > 1 ? make("h3", {}, swatch(run.index), run.name) : null,
+      make("div", { class: "cards" }, run.headline.map((card) => make("div", {},
+        make("div", { class: "label" }, card.label),
+        make("div", { class: "value num" + (card.label === "status" ? " " + card.value : "") }, card.value),
+        make("span", { class: "note num" }, card.note)))), warnings(run)))));
+}
+
+// Many runs: a line each.
+function overviewTable(runs) {
+  const labels = [...new Set(runs.flatMap((run) => run.headline.map((card) => card.label)))];
+  const cell = (run, label) => run.headline.find((card) => card.label === label) || { value: "–", note: "" };
+  return make("div", { class: "card pad scroll" }, make("table", { class: "data" },
+    make("thead", {}, make("tr", {}, make("th", {}), labels.map((label) => make("th", {}, label)))),
+    make("tbody", {}, runs.map((run) => make("tr", {},
+      make("th", { scope: "row" }, swatch(run.index), " ", run.name),
+      labels.map((label) => make("td", { class: "num" }, cell(run, label).value,
+        make("span", { class: "note block" }, cell(run, label).note))))))),
+  runs.map(warnings));
+}
+
+function warnings(run) {
+  return run.notes.length ? make("ul", { class: "warnings" }, run.notes.map((note) => make("li", {}, note))) : null;
 }
 
 function runHeads(runs) {
@@ -169,10 +188,12 @@ function tokenFacts(token) {
 
 function drawMessages(place, view) {
   const runs = view.visible().filter((run) => run.events.length || run.messages.length);
+  const opened = new Set([...place.querySelectorAll("details[open]")].map((details) => details.dataset.run));
   place.hidden = !runs.length;
   place.replaceChildren(make("h2", {}, "Course of the run"), ...runs.map((run) => make("div", { class: "card pad" },
     view.runs.length > 1 ? make("h3", {}, swatch(run.index), " ", run.name) : null,
     make("pre", { class: "mono" }, run.events.join("\n")),
-    make("details", {}, make("summary", {}, `all ${run.messages.length} messages`),
+    make("details", { "data-run": run.name, open: opened.has(run.name) },
+      make("summary", {}, `all ${run.messages.length} messages`),
       make("pre", { class: "mono" }, run.messages.join("\n"))))));
 }

@@ -65,7 +65,8 @@ def decode_rows(
     package = _package_model(Path(checkpoint))
     model, _ = load_generator_model(Source(Path(checkpoint)))
     half, _ = load_generator_model(Source(Path(checkpoint)), precision="bf16-true")
-    recurrent = RecurrentStep(model)
+    alone, _ = load_generator_model(Source(Path(checkpoint)), num_rows=1)
+    recurrent, single = RecurrentStep(model), RecurrentStep(alone)
     vocab_size = model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(1, vocab_size, (prompt_tokens,), generator=generator).tolist()
@@ -83,7 +84,8 @@ def decode_rows(
             "prefill, bf16-true": (prompt_tokens, lambda: prefill(half, [prompt], half.fresh_state(1))),
         }
         for rows in batches:
-            cases[f"decode, batch {rows}"] = (rows, partial(recurrent.step, ids[rows], states[rows]))
+            step = (single if rows == 1 else recurrent).step
+            cases[f"decode, batch {rows}"] = (rows, partial(step, ids[rows], states[rows]))
         best = _take_turns({name: run for name, (_, run) in cases.items()}, rounds)
     speeds = {name: tokens / best[name] for name, (tokens, _) in cases.items()}
     return [

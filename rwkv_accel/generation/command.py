@@ -51,6 +51,7 @@ def run(args: argparse.Namespace, params: SamplingParams) -> int:
         tokenizer=args.tokenizer,
         quant=args.quant,
         time_state=args.time_state,
+        num_rows=args.batch_size if args.input else args.num_beams or max(len(args.prompts), 1),
     )
     generator = TextGenerator(model, tokenizer, batch_size=args.batch_size)
     start = load_memory(args.memory, model, model_id=model_id(source)) if args.memory else None

@@ -34,8 +34,8 @@ def device_bytes(model: RWKV7, num_rows: int, num_tokens: int) -> int:
     """On the model's device: to read num_tokens of prompts and to decode num_rows at once."""
     config, item = model.config, model.compute_dtype.itemsize
     activations = min(num_tokens, PASS_TOKENS) * config.n_embd * VALUES_PER_ACTIVATION * max(item, 4)
-    # Twice: rows are joined and reordered by copies.
-    return activations + num_rows * (2 * state_bytes(model) + config.vocab_size * BYTES_PER_LOGIT)
+    # Rows are joined and reordered by copies, and a pass keeps the states between its chunks.
+    return activations + num_rows * (4 * state_bytes(model) + config.vocab_size * BYTES_PER_LOGIT)
 
 
 def free_bytes(device: torch.device) -> int:

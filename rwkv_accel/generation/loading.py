@@ -12,7 +12,7 @@ from rwkv_accel.config.load import load_config
 from rwkv_accel.config.schema import ModelConfig, RunConfig
 from rwkv_accel.data.tokenizer import Tokenizer, build_tokenizer
 from rwkv_accel.errors import UserError
-from rwkv_accel.generation.packed import pack_linears
+from rwkv_accel.generation.packed import MANY_ROWS, pack_linears
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.io import checkpoint_digest, load_model, read_checkpoint
 from rwkv_accel.model.precision import Precision, wide_dtype
@@ -76,11 +76,13 @@ def load_generator_model(
     tokenizer: str | None = None,
     quant: str | None = None,
     time_state: str | Path | None = None,
+    num_rows: int = MANY_ROWS,
 ) -> tuple[RWKV7, Tokenizer]:
     """The model, ready to generate, and its tokenizer.
 
     `quant` (nf4, int8) stores the block matrices of a checkpoint quantised; `time_state` is a state-tuning file that
-    every sequence starts from, in place of states that the adapter may bring.
+    every sequence starts from, in place of states that the adapter may bring. `num_rows` is how many sequences will
+    mostly be decoded at once.
 
     Raises:
         UserError: a file is broken, the adapter belongs to another base or to another quantisation of it, or the
@@ -107,7 +109,7 @@ def load_generator_model(
     if time_state is not None:
         _set_time_states(model, time_state)
     model = model.requires_grad_(False).eval().to(device)
-    pack_linears(model)
+    pack_linears(model, num_rows)
     return model, words
 
 

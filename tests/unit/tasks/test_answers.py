@@ -10,6 +10,7 @@ from rwkv_accel.config.schema import EvalConfig
 from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.errors import UserError
 from rwkv_accel.generation.engine import TextGenerator
+from rwkv_accel.interrupt import Stopped
 from rwkv_accel.tasks import answers
 from rwkv_accel.tasks.answers import answer_all, extract, normalize
 from rwkv_accel.tasks.examples import AnswerExample, TaskSet
@@ -110,6 +111,21 @@ def test_any_number_of_processes_gives_the_same_records(generator, monkeypatch, 
     assert all(shares)
     found = sorted(chain.from_iterable(shares), key=lambda item: item[0])
     assert tuple(record for _, record in found) == want.records
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_stop_is_noticed_before_each_batch_and_after_the_last(generator, number):
+    questions, asked = task(generator, PROMPTS[:4]), []
+    stop = SimpleNamespace(agreed=lambda: asked.append(1) or len(asked) == number)
+    with pytest.raises(Stopped):
+        answer_all(ranks(), generator, questions, config(answers_batch_size=2), stop)
+    never = SimpleNamespace(agreed=lambda: False)
+    assert len(answer_all(ranks(), generator, questions, config(answers_batch_size=2), never).records) == 4
+
+
+def test_a_generator_that_is_interrupted_answers_every_prompt_with_what_it_has():
+    generator = TextGenerator(build_model(257), build_tokenizer("byte"), should_stop=lambda: True)
+    assert [reply.stop_reason for reply in generator.generate(PROMPTS, max_new_tokens=3)] == ["interrupted"] * 7
 
 
 def test_a_mistake_on_one_rank_is_raised_on_all(generator, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 
 from rwkv_accel.config.schema import DataConfig
 from rwkv_accel.data.tokenizer import build_tokenizer
+from rwkv_accel.interrupt import Stopped
 from rwkv_accel.tasks import choices
 from rwkv_accel.tasks.choices import ChoiceRecord, ChoiceResult, plan_calls, score_choices
 from rwkv_accel.tasks.examples import read_choices
@@ -105,6 +106,25 @@ def test_any_number_of_processes_gives_the_same_bits_and_calls(model, task, monk
     assert len(set(calls)) == 1
     found = sorted(chain.from_iterable(shares), key=lambda item: item[0])
     assert tuple(record for _, record in found) == want.records
+
+
+class StopAt:
+    """Wants to stop when asked for the n-th time."""
+
+    def __init__(self, number):
+        self.left = number
+
+    def agreed(self):
+        self.left -= 1
+        return self.left == 0
+
+
+def test_a_stop_is_noticed_between_passes(model, task, monkeypatch):
+    monkeypatch.setattr(choices, "PASS_TOKENS", 20)
+    counting = Counting(model)
+    with pytest.raises(Stopped):
+        score_choices(alone(), counting, task, StopAt(2))
+    assert 0 < counting.calls <= 3
 
 
 def test_three_accuracies_from_the_same_scores():

@@ -7,7 +7,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, launch
 
 FOLDER = ROOT / "accelerate_configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -61,6 +61,13 @@ def test_processes_on_the_command_line_win(path):
     if path.stem in ("cpu", "single_gpu"):
         pytest.skip("one process")
     assert resolved(path, "--num_processes", "6").num_processes == 6
+
+
+def test_single_gpu_file_launches_and_takes_the_cpu_without_one():
+    """The one file that no strategy test launches."""
+    train = ("-m", "rwkv_accel.train", "launch/recipes/demo.yaml", "--dry-run")
+    done = launch("single_gpu", 1, *train, CUDA_VISIBLE_DEVICES="")
+    assert "plan: " in done.stdout
 
 
 def test_readme_has_a_row_for_every_file():

@@ -51,6 +51,14 @@ def rehearsal_config(config: RunConfig) -> RunConfig:
         evaluation["every_n_steps"] = steps
     evaluation["limit_examples"] = min(config.eval.limit_examples or MAX_EXAMPLES, MAX_EXAMPLES)
     evaluation["answers_max_new_tokens"] = min(config.eval.answers_max_new_tokens, MAX_NEW_TOKENS)
+    checkpoint: dict[str, Any] = {
+        "resume": "none",
+        "every_n_steps": None,
+        "every_n_minutes": None,
+        "keep_every_n_steps": None,
+        "remote_url": None,
+        "remote_options": {},
+    }
     samples = {"every_n_steps": None, "max_new_tokens": min(config.samples.max_new_tokens, MAX_NEW_TOKENS)}
     return config.model_copy(
         update={
@@ -58,7 +66,7 @@ def rehearsal_config(config: RunConfig) -> RunConfig:
             "trainer": config.trainer.model_copy(update=trainer),
             "eval": config.eval.model_copy(update=evaluation),
             "samples": config.samples.model_copy(update=samples),
-            "checkpoint": config.checkpoint.model_copy(update={"resume": "none", "every_n_steps": None}),
+            "checkpoint": config.checkpoint.model_copy(update=checkpoint),
             "tracking": config.tracking.model_copy(update={"trackers": ()}),
         }
     )

@@ -7,11 +7,12 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from rwkv_accel.config.base import section_of
 from rwkv_accel.config.schema import RunConfig
 from rwkv_accel.errors import UserError
 
@@ -76,7 +77,7 @@ def leaf_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]
     """All dotted keys of the schema that hold a value, in schema order."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
-        section = _section_of(field.annotation)
+        section = section_of(field.annotation)
         keys += leaf_keys(section, f"{prefix}{name}.") if section else [prefix + name]
     return keys
 
@@ -192,10 +193,3 @@ def _suggest(loc: str) -> str:
 
 def _sections(leaves: Iterable[str]) -> list[str]:
     return sorted({leaf.rsplit(".", 1)[0] for leaf in leaves if "." in leaf})
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None

@@ -167,7 +167,8 @@ def test_check_val_every_n_epoch(run, tmp_path):
 
 @pytest.mark.parametrize(("limit", "rows"), [("1", 2), ("0.5", 2), ("1.0", 4), ("9", 4)])
 def test_limit_val_batches(run, tmp_path, limit, rows):
-    assert run(*EVAL, "trainer.max_steps=1", "eval.every_n_steps=1", f"trainer.limit_val_batches={limit}") == 0
+    name = "eval.limit_batches" if limit == "9" else "trainer.limit_val_batches"
+    assert run(*EVAL, "trainer.max_steps=1", "eval.every_n_steps=1", f"{name}={limit}") == 0
     every = tmp_path / "every"
     assert run(f"out_dir={every}/out", *EVAL, "trainer.max_steps=1", "eval.every_n_steps=1") == 0
     ours, theirs = (read(p / "out" / "eval_data.json")[0]["target_tokens"] for p in (tmp_path, every))

@@ -278,6 +278,22 @@ def test_wandb_run_id_travels_through_the_state(open_log, make_config, monkeypat
     assert opened == [(None, 0, out_dir), (names, 1), ("abc123", 1, out_dir), (names, 2), ("eval/table", []), "closed"]
 
 
+def test_trackers_get_recipe_model_size_and_code(make_config, now, clock, monkeypatch):
+    from rwkv_accel.tracking import run_log
+    from rwkv_accel.tracking.trackers import Trackers
+
+    given = []
+
+    def fake_open(tracking, **options):
+        given.append(options["config"])
+        return Trackers()
+
+    monkeypatch.setattr(run_log, "open_trackers", fake_open)
+    facts = {"git_commit": "0123abcd", "model": {"parameters": 5}}
+    MainRunLog(make_config(), TOTAL, 0, "cpu", facts=facts, clock=clock, now=now).log_step(step_record(1))
+    assert given == [{**make_config().model_dump(mode="json"), "environment": facts}]
+
+
 def test_starting_a_tracker_is_not_training_time(open_log, clock, tmp_path, monkeypatch):
     from rwkv_accel.tracking import run_log
     from rwkv_accel.tracking.trackers import Trackers

@@ -45,6 +45,20 @@ TMP_SUFFIX = ".tmp"
 REPLACED_SUFFIX = ".replaced"
 HASH_CHUNK_BYTES = 1 << 22
 
+# Folders of others that may lie where a checkpoint is looked for, by a file that only they have.
+FOREIGN_FILES = {
+    "trainer_state.json": "a checkpoint of the Hugging Face Trainer",
+    "**/*_optim_states.pt": "a checkpoint of DeepSpeed",
+    "**/*_model_states.pt": "a checkpoint of DeepSpeed",
+    "*.ckpt": "a checkpoint of Lightning",
+    ".metadata": "a checkpoint of torch.distributed.checkpoint",
+    "adapter_config.json": "an adapter of HF peft",
+    "*.safetensors": "a folder of bare weights",
+    "*.bin": "a folder of bare weights",
+    "*.pth": "a folder of bare weights",
+}
+USE_WEIGHTS = "to start a new run from weights give model.path or peft.load_path"
+
 
 class DamagedCheckpoint(UserError):
     """A checkpoint folder that must not be loaded: a file is missing, cut off or altered."""
@@ -139,12 +153,24 @@ def validate(folder: Path, *, deep: bool) -> Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder, without a look at the other files. Errors as in validate."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, and a checkpoint of this trainer is a folder; {USE_WEIGHTS}")
     if not folder.is_dir():
         raise UserError(f"checkpoint {folder} does not exist; give a folder such as out_dir/checkpoints/step-00001200")
     path = folder / MANIFEST_FILE
     if not path.is_file():
+        foreign = _foreign_kind(folder)
+        if foreign is not None:
+            raise DamagedCheckpoint(f"{folder} is {foreign}, not a checkpoint of this trainer; {USE_WEIGHTS}")
         raise DamagedCheckpoint(f"{folder} has no {MANIFEST_FILE}: it is not a complete checkpoint of this trainer")
     return parse_manifest(path.read_bytes(), folder)
+
+
+def _foreign_kind(folder: Path) -> str | None:
+    """What a folder without a manifest is, by what lies in it; None if it may be ours or nothing tells."""
+    if (folder / TRAINABLE_FILE).exists():
+        return None
+    return next((kind for pattern, kind in FOREIGN_FILES.items() if any(folder.glob(pattern))), None)
 
 
 def parse_manifest(data: bytes, folder: object) -> Manifest:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,39 @@ def test_killed_while_a_checkpoint_is_written_behind_the_training(work, undistur
     assert "damaged" not in again.stdout + again.stderr
     assert_same_end(work / name, undisturbed)
     assert sorted(p.name for p in (work / name / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
+
+
+def flip_last_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_and_foreign_checkpoints_are_named_and_the_one_before_is_taken(work, undisturbed):
+    out_dir = work / "damaged"
+    shutil.copytree(undisturbed, out_dir)
+    path, checkpoints = recipe(work, "damaged"), out_dir / "checkpoints"
+    flip_last_byte(checkpoints / "step-00000012" / "trainable.safetensors")
+    (checkpoints / "checkpoint-500").mkdir()
+    (checkpoints / "checkpoint-500" / "trainer_state.json").write_text("{}")
+    (checkpoints / "step-00000015.tmp").mkdir()  # a save that was killed before its rename
+    done = train_cli(path)
+    assert done.returncode == 0, done.stderr
+    named = [line for line in done.stderr.splitlines() if line.endswith("; skipped")]
+    assert len(named) == 2, done.stderr
+    assert "checkpoint-500 is a checkpoint of the Hugging Face Trainer" in named[0]
+    assert "step-00000012 is damaged: the bytes of trainable.safetensors do not fit its checksum" in named[1]
+    assert f"continuing from {checkpoints}/step-00000009: step 9 of 12" in done.stderr
+    assert_same_end(out_dir, undisturbed)
+    for name, file in (("step-00000009", "optimizer.safetensors"), ("step-00000012", "rng.json")):
+        (checkpoints / name / file).unlink()
+    refused = train_cli(path)
+    assert refused.returncode == 2
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error")]
+    assert "no usable checkpoint: " in line
+    assert "step-00000009 is damaged: optimizer.safetensors is missing" in line
+    assert "step-00000012 is damaged: rng.json is missing" in line
+    assert "give another out_dir for a fresh start" in line
 
 
 def test_old_saves_of_the_adapter_are_removed(undisturbed):

@@ -1,6 +1,7 @@
 """The folder on disk survives a kill at any moment, and any damage to it is found and named."""
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -21,6 +22,7 @@ from rwkv_accel.checkpoint.format import (
     validate,
 )
 from rwkv_accel.checkpoint.resume import find_resume
+from rwkv_accel.checkpoint.retention import prune
 from rwkv_accel.errors import UserError
 from tests.unit.checkpoint.checkpoint_helpers import write_simple
 
@@ -181,3 +183,44 @@ def test_order_is_that_of_writing_not_of_steps_or_clocks(tmp_path):
         write_simple(tmp_path / name, step)
     os.utime(tmp_path / "step-6", (0, 0))
     assert [folder.name for folder, _ in list_complete(tmp_path)] == ["step-5", "step-9", "step-6"]
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("trainer_state.json", "a checkpoint of the Hugging Face Trainer"),
+        ("global_step7/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "a checkpoint of DeepSpeed"),
+        ("epoch=1-step=7.ckpt", "a checkpoint of Lightning"),
+        (".metadata", "a checkpoint of torch.distributed.checkpoint"),
+        ("adapter_config.json", "an adapter of HF peft"),
+        ("model.safetensors", "a folder of bare weights"),
+    ],
+)
+def test_a_foreign_checkpoint_is_named_skipped_and_never_removed(tmp_path, caplog, file, kind):
+    foreign = tmp_path / "checkpoints" / "checkpoint-500"
+    (foreign / file).parent.mkdir(parents=True)
+    (foreign / file).write_text("theirs")
+    with pytest.raises(DamagedCheckpoint, match=f"checkpoint-500 is {kind}, .*give model.path"):
+        validate(foreign, deep=True)
+    with pytest.raises(UserError, match=f"no usable checkpoint: .*{kind}.*another out_dir"):
+        find_resume(tmp_path, "auto")
+    for step in (1, 2, 3):
+        ours = write_simple(tmp_path / "checkpoints" / f"step-{step}", step)
+    prune(tmp_path / "checkpoints", keep_last=1)
+    with caplog.at_level(logging.WARNING):
+        assert find_resume(tmp_path, "auto") == ours
+    assert f"checkpoint-500 is {kind}" in caplog.text
+    assert (foreign / file).read_text() == "theirs"
+
+
+def test_our_own_without_its_manifest_is_not_foreign(tmp_path):
+    folder = write_simple(tmp_path / "step-1", 1)
+    (folder / MANIFEST_FILE).unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"step-1 has no manifest\.json: it is not a complete checkpoint"):
+        validate(folder, deep=True)
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "rwkv-5.pth").write_text("weights")
+    with pytest.raises(UserError, match=r"rwkv-5\.pth is a file, .*is a folder; to start a new run from weights give"):
+        find_resume(tmp_path, str(tmp_path / "rwkv-5.pth"))

@@ -1,7 +1,11 @@
 """Speed and memory, measured: python -m rwkv_accel.bench. One file per case; each has measure(options) -> rows."""
 
 CASES = {
-    "wkv7": ("rwkv_accel.bench.wkv7", "WKV-7 forward and backward, and its peak memory: chunked against reference"),
+    "wkv7": (
+        "rwkv_accel.bench.wkv7",
+        "WKV-7 forward and backward, time and peak memory; --device cuda: in Triton",
+    ),
+    "kernels": ("rwkv_accel.bench.kernels", "what compilers make of the Triton kernels, for GPUs that are not here"),
     "loss": ("rwkv_accel.bench.loss", "cross-entropy over a large head: row chunks against all logits at once"),
     "train": ("rwkv_accel.bench.train", "a LoRA training step of a 0.1B-shaped model, by WKV backend"),
     "checkpoint": ("rwkv_accel.bench.checkpoint", "a resume checkpoint: the training held up, bytes, time to go on"),

@@ -30,12 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("cases", nargs="*", metavar="case", help="what to measure (default: everything)")
+    parser.add_argument("cases", nargs="*", metavar="case", help="what to measure (default: everything but kernels)")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
+    parser.add_argument("--tune", action="store_true", help="wkv7 on cuda: find the kernels' sizes first, keep them")
     args = parser.parse_intermixed_args(argv)
     if args.list:
         print(listing)
@@ -55,12 +56,12 @@ def _measure(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         return fail(UserError("--device cuda: no GPU is visible here; these rows stay not measured"))
     torch.set_num_threads(args.threads)
-    options = Options(args.repeats, args.threads, args.device)
+    options = Options(args.repeats, args.threads, args.device, args.tune)
     print(hardware(options))
     print("\n| case | what | value | baseline | ratio |\n|---|---|---|---|---|")
     rows: dict[str, list[dict[str, object]]] = {}
     failed = False
-    for name in args.cases or CASES:
+    for name in args.cases or [name for name in CASES if name != "kernels"]:
         module, _ = CASES[name]
         try:
             measured: list[Row] = importlib.import_module(module).measure(options)

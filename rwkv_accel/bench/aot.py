@@ -18,6 +18,7 @@ import torch
 
 from rwkv_accel.ops.wkv7 import triton_op
 from rwkv_accel.ops.wkv7.pieces import WANTED_PROGRAMS, build_pieces
+from rwkv_accel.ops.wkv7.step import StepInputs, StepWeights
 from rwkv_accel.ops.wkv7.triton_config import (
     DTYPES,
     HEAD_SIZES,
@@ -25,11 +26,18 @@ from rwkv_accel.ops.wkv7.triton_config import (
     Launch,
     default_config,
     entry_name,
+    obstacle,
     precision,
 )
+from rwkv_accel.ops.wkv7.triton_step import step_triton
 
-TARGETS = {"sm_80": ("cuda", 80), "sm_90": ("cuda", 90), "sm_120": ("cuda", 120), "gfx942": ("hip", "gfx942")}
-"""Name -> backend and architecture. Shared memory of a block there: see SHARED_LIMIT."""
+TARGETS = {
+    "sm_80": ("cuda", 80, "cuda"),
+    "sm_90": ("cuda", 90, "sm_90"),
+    "sm_120": ("cuda", 120, "cuda"),
+    "gfx942": ("hip", "gfx942", "hip"),
+}
+"""Name -> Triton's backend and architecture, family in the table of sizes."""
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 """Most bytes of shared memory of one block."""
 
@@ -64,14 +72,16 @@ def shipped(
 ) -> Iterator[Kernel]:
     """All kernels of the table's configurations."""
     for target in targets:
+        _, _, family = TARGETS[target]
         for dtype in dtypes:
             for size in head_sizes:
-                yield from kernels_of(target, dtype, size, default_config(TARGETS[target][0], dtype, size))
+                if obstacle(family, dtype, size) is None:
+                    yield from kernels_of(target, dtype, size, default_config(family, dtype, size))
 
 
 def kernels_of(target: str, dtype: torch.dtype, size: int, config: Config) -> list[Kernel]:
     """The launches of training from no state, of inference, and of training a sequence cut into pieces."""
-    backend = TARGETS[target][0]
+    family = TARGETS[target][2]
     heads, num_tokens = 2, 64 * config.chunk_size
     x = torch.empty(1, num_tokens, heads, size, dtype=dtype, device="meta")
     inputs = (x, x.float(), x, x, x, x)
@@ -88,10 +98,12 @@ def kernels_of(target: str, dtype: torch.dtype, size: int, config: Config) -> li
     with triton_op.recording(record):
         for programs, start, kept in ((WANTED_PROGRAMS, None, True), (WANTED_PROGRAMS, state, False), (8, state, True)):
             pieces = build_pieces(1, num_tokens, None, config.chunk_size, programs, torch.device("meta"))
-            setup = triton_op.Setup(config, precision(backend, dtype), pieces)
+            setup = triton_op.Setup(config, precision(family, dtype), pieces)
             out, final, extra = triton_op.run_forward(inputs, start, setup, kept)
             if kept:
                 triton_op.run_backward(inputs, out, None if start is None else final, extra, setup)
+        token, channels = x.new_empty(3, heads * size), state.new_empty(heads * size)
+        step_triton(StepInputs(*[token] * 6), StepWeights(*[channels] * 5), state.new_empty(3, heads, size, size), 1e-5)
     return list(found.values())
 
 
@@ -107,8 +119,8 @@ def _variant(constants: dict[str, Any], absent: dict[str, None]) -> list[str]:
 def _type_of(value: Any) -> str:
     if value is None:
         return "constexpr"
-    if isinstance(value, int):
-        return "i32"
+    if isinstance(value, int | float):
+        return "i32" if isinstance(value, int) else "fp32"
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
     return "*" + names[value.dtype]
 
@@ -119,7 +131,7 @@ def compile_kernel(kernel: Kernel) -> Cost:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    backend, arch = TARGETS[kernel.target]
+    backend, arch, _ = TARGETS[kernel.target]
     pointers = [i for i, kind in enumerate(kernel.signature.values()) if kind.startswith("*")]
     source = ASTSource(
         fn=kernel.function,

@@ -23,6 +23,8 @@ class Options:
     repeats: int
     threads: int
     device: str
+    tune: bool = False
+    """Measure the sizes of the GPU kernels first, and keep them for training."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ def run(tensors: list[Tensor], backend: str, cu_seqlens: Tensor | None = None) -
 
 
 def measure(options: Options) -> list[Row]:
+    if options.device == "cuda":
+        from rwkv_accel.bench import wkv7_gpu, wkv7_tune
+
+        return (wkv7_tune.tune(options) if options.tune else []) + wkv7_gpu.measure(options)
     rows = []
     for shape in SHAPES:
         rows += _compare(inputs(shape, options.device), None, "B={} T={} H={} N={}".format(*shape), options)

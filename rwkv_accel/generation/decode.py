@@ -16,7 +16,7 @@ from torch import Tensor
 from rwkv_accel.model.precision import wide_dtype
 from rwkv_accel.model.rwkv7 import RWKV7, Block
 from rwkv_accel.model.state import RWKV7State
-from rwkv_accel.ops.elementwise import DECAY_SCALE
+from rwkv_accel.ops.wkv7.step import StepInputs, StepWeights, wkv7_step
 
 
 @dataclass(slots=True)
@@ -27,17 +27,13 @@ class _LayerWeights:
     ffn: Any
     ln1: tuple[Tensor, Tensor]
     ln2: tuple[Tensor, Tensor]
-    ln_x: tuple[Tensor, Tensor]
     lerp_61C: Tensor
     ffn_lerp_C: Tensor
     decay: tuple[Tensor, Tensor, Tensor]
     iclr: tuple[Tensor, Tensor, Tensor]
     value: tuple[Tensor, Tensor, Tensor] | None
     gate: tuple[Tensor, Tensor]
-    k_k_C: Tensor
-    k_a_C: Tensor
-    one_minus_k_a_C: Tensor
-    r_k_C: Tensor
+    step: StepWeights
 
 
 class RecurrentStep:
@@ -46,7 +42,6 @@ class RecurrentStep:
     def __init__(self, model: RWKV7):
         self.model, self.dtype = model, model.compute_dtype
         self.wide = wide_dtype(self.dtype)
-        self.heads = (model.config.n_head, model.config.head_size)
         self.eps = model.blocks[0].att.ln_x.eps
         self.layers = [self._layer(block) for block in model.blocks]
         self.ln0 = self._norm(model.blocks[0].ln0)
@@ -73,13 +68,10 @@ class RecurrentStep:
     def _time_mix(
         self, layer: _LayerWeights, h_RC: Tensor, shift_RC: Tensor, state_RHNN: Tensor, v_first: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        rows, channels = h_RC.shape
-        per_head = (rows, *self.heads)
         h_r, h_w, h_k, h_v, h_a, h_g = torch.addcmul(h_RC, shift_RC - h_RC, layer.lerp_61C).unbind(0)
         r_RC, k_RC, v_RC = layer.att.receptance(h_r), layer.att.key(h_k), layer.att.value(h_v)
         w0, w1, w2 = layer.decay
-        w_decay = torch.addmm(w0, torch.tanh_(h_w @ w1), w2).to(self.wide)
-        w_decay = w_decay.sigmoid_().mul_(DECAY_SCALE).exp_()
+        w_logit = torch.addmm(w0, torch.tanh_(h_w @ w1), w2)
         a0, a1, a2 = layer.iclr
         iclr_RC = torch.addmm(a0, h_a @ a1, a2).sigmoid_()
         gate_RC = torch.sigmoid_(h_g @ layer.gate[0]) @ layer.gate[1]
@@ -90,36 +82,8 @@ class RecurrentStep:
             v0, v1, v2 = layer.value
             v_RC = torch.lerp(v_RC, v_first, torch.addmm(v0, h_v @ v1, v2).sigmoid_())
 
-        kappa = (k_RC.to(self.wide) * layer.k_k_C).view(per_head)
-        kappa = kappa / torch.linalg.vector_norm(kappa, dim=-1, keepdim=True).clamp_min_(1e-12)
-        k_RC = k_RC * torch.addcmul(layer.one_minus_k_a_C, iclr_RC, layer.k_a_C)
-        y_RC = self._wkv(r_RC, w_decay, k_RC, v_RC, kappa, iclr_RC, state_RHNN)
-
-        y_RC = F.group_norm(y_RC, self.heads[0], *layer.ln_x, self.eps)
-        bonus = (r_RC.to(self.wide) * k_RC * layer.r_k_C).view(per_head).sum(-1, keepdim=True)
-        y_RHN = torch.addcmul(y_RC.view(per_head), bonus, v_RC.view(per_head).to(self.wide))
-        return layer.att.output((y_RHN.view(rows, channels) * gate_RC).to(self.dtype)), v_first
-
-    def _wkv(
-        self,
-        r_RC: Tensor,
-        w_decay: Tensor,
-        k_RC: Tensor,
-        v_RC: Tensor,
-        kappa: Tensor,
-        iclr_RC: Tensor,
-        state_RHNN: Tensor,
-    ) -> Tensor:
-        """S <- S diag(w) - (S kappa)(kappa * iclr)^T + v k^T in place; y = S r, wide [R,C]."""
-        size = self.heads[1]
-        state = state_RHNN.view(-1, size, size)
-        kappa_row = kappa.view(-1, 1, size)
-        removed = torch.bmm(state, kappa_row.transpose(1, 2))
-        left = torch.cat([removed, v_RC.to(self.wide).view(-1, size, 1)], dim=2)
-        rows = [kappa_row * iclr_RC.view(-1, 1, size).neg(), k_RC.to(self.wide).view(-1, 1, size)]
-        right = torch.cat(rows, dim=1)
-        state.mul_(w_decay.view(-1, 1, size)).baddbmm_(left, right)
-        return torch.bmm(state, r_RC.to(self.wide).view(-1, size, 1)).view(r_RC.shape)
+        x = StepInputs(r_RC, w_logit, k_RC, v_RC, iclr_RC, gate_RC)
+        return layer.att.output(wkv7_step(x, layer.step, state_RHNN, self.eps)), v_first
 
     def _layer(self, block: Block) -> _LayerWeights:
         att, dtype, wide = block.att, self.dtype, self.wide
@@ -137,17 +101,19 @@ class RecurrentStep:
             ffn=block.ffn,
             ln1=self._norm(block.ln1),
             ln2=self._norm(block.ln2),
-            ln_x=self._norm(att.ln_x),
             lerp_61C=lerp,
             ffn_lerp_C=vector(block.ffn.x_k),
             decay=low_rank("w"),
             iclr=low_rank("a"),
             value=low_rank("v") if att.layer > 0 else None,
             gate=(att.g1.detach().to(dtype), att.g2.detach().to(dtype)),
-            k_k_C=vector(att.k_k, wide),
-            k_a_C=vector(att.k_a),
-            one_minus_k_a_C=1 - vector(att.k_a),
-            r_k_C=vector(att.r_k, wide),
+            step=StepWeights(
+                k_k=vector(att.k_k, wide),
+                k_a=vector(att.k_a, wide),
+                r_k=vector(att.r_k, wide),
+                norm_weight=vector(att.ln_x.weight, wide),
+                norm_bias=vector(att.ln_x.bias, wide),
+            ),
         )
 
     def _norm(self, norm: Any) -> tuple[Tensor, Tensor]:

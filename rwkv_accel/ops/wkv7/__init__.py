@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_accel.ops.wkv7.checks import check_inputs, wide_dtype
+from rwkv_accel.ops.wkv7.checks import check_inputs, common_dtype
 from rwkv_accel.ops.wkv7.chunked import wkv7_chunked
 from rwkv_accel.ops.wkv7.reference import wkv7_reference
-from rwkv_accel.ops.wkv7.triton_config import HEAD_SIZES
+from rwkv_accel.ops.wkv7.triton_config import obstacle
 
 __all__ = ["BACKENDS", "available_backends", "select_backend", "wkv7"]
 
@@ -48,30 +48,30 @@ def select_backend(
     """(name, reason) of the backend that `wkv7` runs for a request on a device type ("cpu", "cuda", ...).
 
     "auto" takes the fastest that runs there; a backend asked for by name is taken or refused, never replaced.
-    `dtype` is the dtype of the arithmetic. Raises ValueError for a name that does not exist and for Triton where it
-    cannot run. Each choice is logged once.
+    `dtype` is that of the data (fp64 if any input is). Raises ValueError for a name that does not exist and for Triton
+    where it cannot run. Each choice is logged once.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     name, reason = backend, "asked for by name"
     if backend == "triton":
-        obstacle = _triton_obstacle(device_type, head_size, dtype)
-        if obstacle is not None:
-            raise ValueError(f"backend triton cannot run: {obstacle}; take auto or chunked")
+        problem = _triton_obstacle(device_type, head_size, dtype)
+        if problem is not None:
+            raise ValueError(f"backend triton cannot run: {problem}; take auto or chunked")
     elif backend == "auto" and device_type == "cpu":
         name, reason = "chunked", "auto: the fastest backend on cpu"
     elif backend == "auto":
-        obstacle = _triton_obstacle(device_type, head_size, dtype)
-        name = "triton" if obstacle is None else "chunked"
-        reason = f"auto: the fastest backend on {device_type}" if obstacle is None else f"auto: not triton, {obstacle}"
+        problem = _triton_obstacle(device_type, head_size, dtype)
+        name = "triton" if problem is None else "chunked"
+        reason = f"auto: the fastest backend on {device_type}" if problem is None else f"auto: not triton, {problem}"
     logger.info("wkv7 backend on %s: %s (%s)", device_type, name, reason)
     return name, reason
 
 
 def available_backends(device_type: str, head_size: int = 64, dtype: torch.dtype = torch.float32) -> list[str]:
     """Backends that run such inputs on a device type."""
-    obstacle = _triton_obstacle(device_type, head_size, dtype)
-    return [name for name in BACKENDS if name != "triton" or obstacle is None]
+    problem = _triton_obstacle(device_type, head_size, dtype)
+    return [name for name in BACKENDS if name != "triton" or problem is None]
 
 
 def _triton_obstacle(device_type: str, head_size: int, dtype: torch.dtype) -> str | None:
@@ -87,11 +87,8 @@ def _triton_obstacle(device_type: str, head_size: int, dtype: torch.dtype) -> st
         return f"there are kernels for NVIDIA and AMD GPUs, not for {device_type}"
     elif torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "NVIDIA GPUs before compute capability 8.0 do not multiply bf16"
-    if dtype == torch.float64:
-        return "the kernels compute in fp32, and an input is fp64"
-    if head_size not in HEAD_SIZES:
-        return f"head size {head_size} is none of {', '.join(map(str, HEAD_SIZES))}"
-    return None
+    family = "hip" if torch.version.hip else "cuda"
+    return obstacle(family, dtype, head_size)
 
 
 def wkv7(
@@ -122,5 +119,6 @@ def wkv7(
     Raises ValueError, before any work, for inputs that do not fit together.
     """
     borders = check_inputs(r, w_log, k, v, a, b, state, cu_seqlens)
-    name, _ = select_backend(backend, r.device.type, r.shape[-1], wide_dtype(r, w_log, k, v, a, b))
+    dtype = torch.float64 if w_log.dtype == torch.float64 else common_dtype(r, k, v, a, b)
+    name, _ = select_backend(backend, r.device.type, r.shape[-1], dtype)
     return BACKENDS[name](r, w_log, k, v, a, b, state, borders)

@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H heads, N head size, S sequences of a packed batch.
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -16,6 +17,11 @@ INPUT_NAMES = ("r", "w_log", "k", "v", "a", "b")
 def wide_dtype(*inputs: Tensor) -> torch.dtype:
     """Dtype of the arithmetic and of the state: fp64 if any input is fp64, else fp32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
+def common_dtype(*inputs: Tensor) -> torch.dtype:
+    """The least dtype that holds the values of all inputs."""
+    return reduce(torch.promote_types, (x.dtype for x in inputs))
 
 
 def check_inputs(

@@ -1,4 +1,4 @@
-"""Sizes of the Triton kernels: one table, chosen by vendor, arithmetic and head size, never by timing while training.
+"""Sizes of the Triton kernels: one table, chosen by architecture, dtype and head size, never by timing while training.
 
 The same inputs give the same bits on every rank and in every run of one kind of device. Measured choices replace the
 table's where `python -m rwkv_accel.bench wkv7 --tune` has left its file.
@@ -39,8 +39,12 @@ class Config:
     chunk_size: int
     invert: Launch
     scan: Launch
+    transition: Launch
     scan_backward: Launch
     gradients: Launch
+
+
+LAUNCHES = ("invert", "scan", "transition", "scan_backward", "gradients")
 
 
 @dataclass(frozen=True)
@@ -48,44 +52,109 @@ class Precision:
     """Operands of the products, and the dtype of what is kept between kernels."""
 
     products: str
+    gradients: str
     inverse: str
     kept: torch.dtype
 
 
-def vendor(device: torch.device) -> str:
-    """cuda or hip; the interpreter (on a CPU) computes what NVIDIA's devices compute."""
-    return "hip" if device.type == "cuda" and torch.version.hip else "cuda"
+def family(device: torch.device) -> str:
+    """Row of the table: hip (AMD), sm_90 (Hopper, whose matrix units read shared memory), cuda (any other NVIDIA).
+
+    The interpreter, on a CPU, computes what Hopper computes.
+    """
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "hip"
+    return "sm_90" if torch.cuda.get_device_capability(device) == (9, 0) else "cuda"
 
 
-def precision(vendor: str, dtype: torch.dtype) -> Precision:
+def precision(family: str, dtype: torch.dtype) -> Precision:
     """fp16 data go through tf32 products: as many bits, and a range that holds exp of a chunk's decay.
 
-    AMD's matrix units take fp32 as it is.
+    AMD's matrix units take fp32 as it is. On NVIDIA three tf32 products make one of fp32 where the operands fit into
+    the registers three times over; elsewhere fp32 goes through the plain units.
     """
-    if vendor == "hip":
-        wide = Precision("ieee", "ieee", torch.float32)
+    if family == "hip":
+        wide = Precision("ieee", "ieee", "ieee", torch.float32)
     elif dtype == torch.float32:
-        wide = Precision("tf32x3", "tf32x3", torch.float32)
+        wide = Precision("tf32x3" if family == "sm_90" else "ieee", "ieee", "tf32x3", torch.float32)
     else:
-        wide = Precision("tf32", "tf32", torch.float32)
-    return Precision("bf16", wide.inverse, torch.bfloat16) if dtype == torch.bfloat16 else wide
+        wide = Precision("tf32", "tf32", "tf32", torch.float32)
+    return Precision("bf16", "bf16", wide.inverse, torch.bfloat16) if dtype == torch.bfloat16 else wide
 
 
-def default_config(vendor: str, dtype: torch.dtype, head_size: int) -> Config:
-    """The table."""
-    narrow = dtype == torch.bfloat16
-    small = min(head_size, 32)
-    return Config(
-        chunk_size=32 if narrow and head_size <= 64 else 16,
-        invert=Launch(head_size, 2),
-        scan=Launch(small, 4),
-        scan_backward=Launch(small, 4),
-        gradients=Launch(small, 4),
-    )
+def default_config(family: str, dtype: torch.dtype, head_size: int) -> Config:
+    """The table: sizes that compile without spills on every architecture of the family."""
+    chunk_size, scan, scan_backward, gradients, *transition = _TABLE[family, dtype][head_size]
+    launches = (Launch(*pair) for pair in (scan, *(transition or [scan]), scan_backward, gradients))
+    return Config(chunk_size, Launch(head_size, 2), *launches)
+
+
+def obstacle(family: str, dtype: torch.dtype, head_size: int) -> str | None:
+    """Why there are no sizes for such data, or None."""
+    if dtype not in DTYPES:
+        return f"the kernels compute in fp32 at most, not in {str(dtype).removeprefix('torch.')}"
+    if head_size not in HEAD_SIZES:
+        return f"head size {head_size} is none of {', '.join(map(str, HEAD_SIZES))}"
+    if head_size not in _TABLE[family, dtype]:
+        return f"head size {head_size} in {str(dtype).removeprefix('torch.')} does not fit into the registers"
+    return None
+
+
+# (family, dtype) -> head size -> chunk, then (block, warps) of the two scans and of the gradients; of the scan that
+# makes transitions where it differs.
+_TABLE: dict[tuple[str, torch.dtype], dict[int, tuple]] = {
+    ("sm_90", torch.bfloat16): {
+        16: (32, (16, 4), (16, 4), (16, 4)),
+        32: (16, (32, 4), (32, 4), (32, 4)),
+        64: (32, (64, 8), (64, 8), (64, 8)),
+        128: (16, (64, 8), (64, 8), (32, 8)),
+    },
+    ("sm_90", torch.float16): {
+        16: (16, (16, 4), (16, 4), (16, 4)),
+        32: (16, (32, 4), (32, 4), (32, 4)),
+        64: (16, (64, 8), (64, 8), (64, 8)),
+    },
+    ("sm_90", torch.float32): {
+        16: (16, (16, 4), (16, 4), (16, 4)),
+        32: (16, (16, 4), (16, 4), (16, 4)),
+        64: (16, (64, 8), (64, 8), (16, 8)),
+    },
+    ("cuda", torch.bfloat16): {
+        16: (32, (16, 4), (16, 4), (16, 4)),
+        32: (16, (32, 4), (32, 4), (32, 4)),
+        64: (32, (32, 8), (32, 8), (64, 8)),
+        128: (16, (64, 8), (64, 8), (32, 8)),
+    },
+    ("cuda", torch.float16): {
+        16: (16, (16, 2), (16, 4), (16, 4)),
+        32: (16, (32, 4), (32, 4), (32, 4)),
+        64: (16, (32, 8), (32, 8), (64, 8)),
+    },
+    ("cuda", torch.float32): {
+        16: (16, (16, 4), (16, 4), (16, 4)),
+        32: (16, (16, 4), (16, 4), (16, 4)),
+        64: (16, (16, 8), (16, 8), (16, 8), (16, 4)),
+    },
+    ("hip", torch.bfloat16): {
+        16: (16, (16, 4), (16, 4), (16, 4)),
+        32: (16, (32, 4), (32, 4), (32, 4)),
+        64: (16, (64, 4), (64, 4), (64, 4)),
+        128: (16, (32, 4), (32, 4), (16, 4)),
+    },
+    ("hip", torch.float32): {
+        16: (16, (16, 4), (16, 4), (16, 4)),
+        32: (16, (32, 4), (32, 4), (16, 4)),
+        64: (16, (32, 4), (32, 4), (16, 4)),
+        128: (16, (16, 4), (16, 4), (16, 4)),
+    },
+}
+_TABLE["hip", torch.float16] = _TABLE["hip", torch.float32]
 
 
 @cache
-def choose_config(vendor: str, dtype: torch.dtype, head_size: int, device_name: str) -> Config:
+def choose_config(family: str, dtype: torch.dtype, head_size: int, device_name: str) -> Config:
     """Measured sizes for this device if there are any, else the table's. Read once per process."""
     path = tuned_path(device_name)
     if path.is_file():
@@ -93,7 +162,7 @@ def choose_config(vendor: str, dtype: torch.dtype, head_size: int, device_name: 
         entry = entries.get(entry_name(dtype, head_size))
         if entry is not None:
             return config_from_dict(entry)
-    return default_config(vendor, dtype, head_size)
+    return default_config(family, dtype, head_size)
 
 
 def tuned_path(device_name: str) -> Path:
@@ -113,5 +182,5 @@ def config_to_dict(config: Config) -> dict[str, object]:
 
 
 def config_from_dict(entry: dict) -> Config:
-    launches = {name: Launch(**entry[name]) for name in ("invert", "scan", "scan_backward", "gradients")}
+    launches = {name: Launch(**entry[name]) for name in LAUNCHES}
     return Config(chunk_size=entry["chunk_size"], **launches)

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_accel.ops.first_order import check_first_order
+from rwkv_accel.ops.wkv7.checks import common_dtype
 from rwkv_accel.ops.wkv7.pieces import Pieces, build_pieces
 from rwkv_accel.ops.wkv7.triton_backward import chunk_gradients, scan_pieces_backward
-from rwkv_accel.ops.wkv7.triton_config import Config, Launch, Precision, choose_config, precision, vendor
+from rwkv_accel.ops.wkv7.triton_config import Config, Launch, Precision, choose_config, family, precision
 from rwkv_accel.ops.wkv7.triton_forward import invert_chunks, join_pieces, scan_pieces
 
-JOIN = Launch(16, 4)
-Launcher = Callable[..., None]
+JOIN_ROWS = 16
+"""Rows of a state per program where pieces are joined."""
+Recorder = Callable[..., None]
 
 
 def wkv7_triton(
@@ -40,7 +41,7 @@ def wkv7_triton(
 
     r, k, v, a, b are brought to one dtype, strided tensors are copied; w_log and the state are read in fp32.
     """
-    dtype = reduce(torch.promote_types, (x.dtype for x in (r, k, v, a, b)))
+    dtype = common_dtype(r, k, v, a, b)
     narrow = [x.to(dtype).contiguous() for x in (r, k, v, a, b)]
     wide = [None if x is None else x.float().contiguous() for x in (w_log, state)]
     setup = choose_setup(r.device, dtype, tuple(r.shape), borders)
@@ -62,30 +63,33 @@ def choose_setup(
 ) -> Setup:
     batch, num_tokens, heads, size = shape
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    kind = vendor(device)
+    kind = family(device)
     config = choose_config(kind, dtype, size, name)
     programs = heads * (size // config.scan.block)
     pieces = build_pieces(batch, num_tokens, borders, config.chunk_size, programs, device)
     return Setup(config, precision(kind, dtype), pieces)
 
 
-def _launch(kernel: Any, programs: int, launch: Launch, *args: Any, **constants: Any) -> None:
+def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: Any) -> None:
     """Every kernel starts here, so that a recorder sees exactly what is launched."""
-    kernel[(programs,)](*args, **constants, **launch.options)
+    if _recorder is not None:
+        _recorder(kernel, programs, sizes, *args, **constants)
+    else:
+        kernel[(programs,)](*args, **constants, **sizes.options)
 
 
-_launcher: Launcher = _launch
+_recorder: Recorder | None = None
 
 
 @contextmanager
-def recording(record: Launcher) -> Iterator[None]:
+def recording(record: Recorder) -> Iterator[None]:
     """Hand launches to `record` instead of running them."""
-    global _launcher
-    _launcher = record
+    global _recorder
+    _recorder = record
     try:
         yield
     finally:
-        _launcher = _launch
+        _recorder = None
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -93,7 +97,8 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _on(device: torch.device) -> Any:
+def on_device(device: torch.device) -> Any:
+    """Context in which kernels run on the tensors' device."""
     # Triton launches on the current device, which need not be the tensors'.
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -111,7 +116,7 @@ class _TritonWKV7(torch.autograd.Function):
         state: Tensor | None,
         setup: Setup,
     ) -> tuple[Tensor, Tensor]:
-        with _on(r.device):
+        with on_device(r.device):
             kept = any(ctx.needs_input_grad)
             out, final, extra = run_forward((r, w_log, k, v, a, b), state, setup, kept)
         ctx.setup = setup
@@ -126,7 +131,7 @@ class _TritonWKV7(torch.autograd.Function):
         if d_out is None:
             d_out = torch.zeros_like(inputs[3])
         d_final = None if d_final is None else d_final.contiguous()
-        with _on(d_out.device):
+        with on_device(d_out.device):
             *grads, d_state = run_backward(inputs, d_out.contiguous(), d_final, extra, ctx.setup)
         return (*grads, d_state if ctx.needs_input_grad[6] else None, None)
 
@@ -141,7 +146,7 @@ def run_forward(
     num = config.chunk_size
     constants = {"N": size, "C": num, "PRECISION": numbers.products}
     inverse = _empty((pieces.num_chunks, heads, num, num), numbers.kept, r.device)
-    _launcher(
+    launch(
         invert_chunks,
         pieces.num_chunks * heads,
         config.invert,
@@ -149,17 +154,16 @@ def run_forward(
         **constants,
         INVERSE_PRECISION=numbers.inverse,
     )
-    slices = size // config.scan.block
-    scanned = {**constants, "V": config.scan.block}
     maps, start = None, state
     if pieces.is_cut:
         maps = _empty((pieces.num_pieces, heads, 2 * size, size), torch.float32, r.device)
-        _launcher(
+        launch(
             scan_pieces,
-            pieces.num_pieces * heads * 2 * slices,
-            config.scan,
+            pieces.num_pieces * heads * (2 * size // config.transition.block),
+            config.transition,
             *(None, w_log, k, v, a, b, inverse, None, pieces.pieces_P3, None, None, None, maps, heads),
-            **scanned,
+            **constants,
+            V=config.transition.block,
             TRANSITION=True,
         )
         start = _join(maps, maps, state, setup, backward=False)
@@ -169,12 +173,13 @@ def run_forward(
         u = _empty(v.shape, numbers.kept, v.device)
         states = _empty((pieces.num_chunks, heads, size, size), numbers.kept, v.device)
     final = _empty((pieces.num_pieces, heads, size, size), torch.float32, r.device)
-    _launcher(
+    launch(
         scan_pieces,
-        pieces.num_pieces * heads * slices,
+        pieces.num_pieces * heads * (size // config.scan.block),
         config.scan,
         *(r, w_log, k, v, a, b, inverse, start, pieces.pieces_P3, out, u, states, final, heads),
-        **scanned,
+        **constants,
+        V=config.scan.block,
         TRANSITION=False,
     )
     if pieces.is_cut:
@@ -199,7 +204,7 @@ def run_backward(
 
     def scan(d_end: Tensor | None, dz: Tensor | None, d_states: Tensor | None) -> Tensor:
         d_start = _empty((pieces.num_pieces, heads, size, size), torch.float32, r.device)
-        _launcher(
+        launch(
             scan_pieces_backward,
             programs,
             config.scan_backward,
@@ -215,12 +220,12 @@ def run_backward(
     dz, d_states = (_empty(x.shape, x.dtype, x.device) for x in (u, states))
     d_start = scan(d_end, dz, d_states)
     grads = [_empty(x.shape, x.dtype, x.device) for x in inputs]
-    _launcher(
+    launch(
         chunk_gradients,
         pieces.num_chunks * heads,
         config.gradients,
         *(r, w_log, k, v, a, b, d_out, u, dz, states, d_states, pieces.chunks_n2, *grads, heads),
-        **constants,
+        **{**constants, "PRECISION": numbers.gradients},
         K=config.gradients.block,
     )
     if pieces.is_cut:
@@ -233,13 +238,13 @@ def _join(maps: Tensor, added: Tensor, outer: Tensor | None, setup: Setup, *, ba
     pieces = setup.pieces
     heads, _, size = maps.shape[1:]
     inner = _empty((pieces.num_pieces, heads, size, size), torch.float32, maps.device)
-    _launcher(
+    launch(
         join_pieces,
-        pieces.num_sequences * heads * (size // JOIN.block),
-        JOIN,
+        pieces.num_sequences * heads * (size // JOIN_ROWS),
+        Launch(JOIN_ROWS, 4 if size <= 64 else 8),
         *(maps, added, outer, pieces.spans_S2, inner, heads),
         N=size,
-        V=JOIN.block,
+        V=JOIN_ROWS,
         MAP_ROWS=2 * size,
         ADDED_FROM=size,
         BACKWARD=backward,

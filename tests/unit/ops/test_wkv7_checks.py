@@ -98,7 +98,8 @@ def test_triton_is_taken_on_gpus_and_refused_with_the_reason_elsewhere():
         (("cpu",), r"a CPU runs them only under Triton's interpreter \(TRITON_INTERPRET=1\)"),
         (("mps",), "there are kernels for NVIDIA and AMD GPUs, not for mps"),
         (("cuda", 24), "head size 24 is none of 16, 32, 64, 128"),
-        (("cuda", 64, torch.float64), "the kernels compute in fp32, and an input is fp64"),
+        (("cuda", 128, torch.float32), "head size 128 in float32 does not fit into the registers"),
+        (("cuda", 64, torch.float64), "the kernels compute in fp32 at most, not in float64"),
     ]:
         with pytest.raises(ValueError, match=f"^backend triton cannot run: {reason}; take auto or chunked$"):
             select_backend("triton", *arguments)

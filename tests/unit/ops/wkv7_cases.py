@@ -46,3 +46,20 @@ def assert_close(actual, expected, tolerance):
         y = expected[name].double()
         error = ((x.double() - y).norm() / y.norm()).item()
         assert error <= tolerance, f"{name}: {error:.1e} > {tolerance:.0e}"
+
+
+def step_case(rows, heads, size, dtype, *, device="cpu", seed=0):
+    """(StepInputs, StepWeights, state) of one token."""
+    from rwkv_accel.ops.wkv7.step import StepInputs, StepWeights
+
+    gen = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    channels = heads * size
+    r, w_logit, k, v, rate, gate = (normal(rows, channels) for _ in range(6))
+    x = StepInputs(*(t.to(device, dtype) for t in (r, w_logit, k, v, torch.sigmoid(rate), torch.sigmoid(gate))))
+    weights = StepWeights(*((1 + 0.3 * normal(channels)).to(device, wide) for _ in range(5)))
+    return x, weights, (0.3 * normal(rows, heads, size, size)).to(device, wide)

@@ -30,7 +30,7 @@ from rwkv_accel.config.schema import OptimConfig, RunConfig
 from rwkv_accel.data.loader import TrainLoader
 from rwkv_accel.data.template import TURN_END, chat_prompt
 from rwkv_accel.data.tokenizer import Tokenizer
-from rwkv_accel.errors import UserError
+from rwkv_accel.errors import UserError, WriteError
 from rwkv_accel.evaluation import EvalResult, Evaluator, Results
 from rwkv_accel.generation.engine import TextGenerator
 from rwkv_accel.guard import APPLIED, NONFINITE, OVERFLOW, UpdateGuard
@@ -302,8 +302,9 @@ def on_train_end(state: TrainState, run: Run) -> None:
     run.profiler.close()
     if (reason := run.limits.reason(state)) is not None:
         run.log.message(reason)
+    failure = None
     if run.saved_step != state.step:
-        save_latest(state, run, f"step-{state.step:08d}")
+        failure = save_latest(state, run, f"step-{state.step:08d}")
     if run.checkpoint_step != state.step:
         on_checkpoint(state, run)
     run.writer.finish(run.accelerator)
@@ -318,6 +319,8 @@ def on_train_end(state: TrainState, run: Run) -> None:
     finish_uploads(run)
     run.close()
     run.accelerator.wait_for_everyone()
+    if failure is not None:
+        raise failure
 
 
 def report(run: Run) -> None:
@@ -339,30 +342,38 @@ def finish_uploads(run: Run) -> None:
         )
 
 
-def save_latest(state: TrainState, run: Run, name: str) -> None:
-    """Collective. Write adapter/<name> and remember that this step is saved."""
-    save(state, run, Path(run.config.out_dir) / WEIGHTS_DIR / name)
-    run.saved_step = state.step
+def save_latest(state: TrainState, run: Run, name: str) -> WriteError | None:
+    """Collective. Write adapter/<name> and remember that this step is saved; a refusal as in `save`."""
+    failure = save(state, run, Path(run.config.out_dir) / WEIGHTS_DIR / name)
+    if failure is None:
+        run.saved_step = state.step
+    return failure
 
 
-def save(state: TrainState, run: Run, folder: Path) -> None:
-    """Collective. Write the trained weights into a folder."""
+def save(state: TrainState, run: Run, folder: Path) -> WriteError | None:
+    """Collective. Write the trained weights into a folder. A disk that refuses does not end the run: it is told, and
+    returned."""
     beat("saving the weights", in_step=True)
     read_pending(state, run)
-    with run.log.pause():
-        save_weights(
-            run.accelerator,
-            run.model,
-            run.optimizer,
-            config=run.config,
-            state=state,
-            folder=folder,
-            base_path=run.base_path,
-            base_digest=run.base_digest,
-        )
+    try:
+        with run.log.pause():
+            save_weights(
+                run.accelerator,
+                run.model,
+                run.optimizer,
+                config=run.config,
+                state=state,
+                folder=folder,
+                base_path=run.base_path,
+                base_digest=run.base_digest,
+            )
+    except WriteError as failure:
+        run.log.message(f"{failure}; the training goes on")
+        return failure
     if run.writer.uploads is not None:
         run.writer.uploads.add_weights(folder, state.step)
     run.log.message(f"saved {folder}")
+    return None
 
 
 def on_samples(state: TrainState, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from rwkv_accel.config.schema import CheckpointConfig, DataConfig, ModelConfig, 
 from rwkv_accel.data.loader import TrainLoader, build_train_loader
 from rwkv_accel.data.packing import Subset
 from rwkv_accel.data.tokenizer import build_tokenizer
+from rwkv_accel.disk import foresee_space, prove_writable
 from rwkv_accel.errors import UserError
 from rwkv_accel.evaluation import Evaluator, token_lengths
 from rwkv_accel.guard import UpdateGuard
@@ -66,6 +68,8 @@ from rwkv_accel.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
@@ -113,7 +117,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     optimizer = build_optimizer(model, config.optim)
     if accelerator.is_main_process:
         print_model_param(model)
-    facts = on_main(accelerator, lambda: write_environment(config, {"model": model_facts(model)}))
+    facts = on_main(accelerator, lambda: look_ahead(config, model))
     gpu = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else None
     compute = compute_of(model, gpu, accelerator.num_processes)
     model, optimizer = prepare(accelerator, model, optimizer, trainer, loader.micro_batches_per_window)
@@ -304,10 +308,18 @@ def prepare_out_dir(config: RunConfig) -> None:
     out_dir = Path(config.out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        prove_writable(out_dir)
         _write_atomic(out_dir / RUN_FILE, dump_config(config))
         _write_atomic(out_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"out_dir {out_dir} cannot be written: {error.strerror}; choose another out_dir") from None
+
+
+def look_ahead(config: RunConfig, model: Any) -> dict[str, Any]:
+    """With the model whole and at hand: is there room for its checkpoints? Returns the run's facts."""
+    if (warning := foresee_space(config, model)) is not None:
+        logger.warning(warning)
+    return write_environment(config, {"model": model_facts(model)})
 
 
 def write_environment(config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rwkv_accel.errors import UserError
+from rwkv_accel.errors import UserError, WriteError
 
 FORMAT = "rwkv_accel-checkpoint"
 VERSION = 1
@@ -64,7 +64,7 @@ class DamagedCheckpoint(UserError):
     """A checkpoint folder that must not be loaded: a file is missing, cut off or altered."""
 
 
-class CheckpointWriteError(UserError):
+class CheckpointWriteError(WriteError):
     """A checkpoint could not be written (disk full, no permission). Older ones are untouched."""
 
 

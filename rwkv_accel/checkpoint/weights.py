@@ -16,7 +16,7 @@ from rwkv_accel.checkpoint.collective import on_main
 from rwkv_accel.checkpoint.retention import prune_weights
 from rwkv_accel.checkpoint.strategy import layout_of, trained_parameters
 from rwkv_accel.config.schema import RunConfig
-from rwkv_accel.errors import UserError
+from rwkv_accel.errors import UserError, WriteError
 from rwkv_accel.model.io import read_checkpoint, save_checkpoint
 from rwkv_accel.peft.adapter_file import META_FILE, AdapterMeta, peft_section, save_adapter
 from rwkv_accel.peft.apply import adapter_buffers
@@ -53,7 +53,8 @@ def save_weights(
     dtype.
 
     Raises:
-        UserError: on every rank: a value is not finite, or the folder cannot be written.
+        WriteError: on every rank: the folder cannot be written.
+        UserError: on every rank: a value is not finite.
     """
     named = trained_parameters(accelerator, model)
     values = layout_of(accelerator, model, optimizer).gather([(param, None) for param in named.values()])
@@ -83,7 +84,7 @@ def save_weights(
                 os.replace(part, pointer)
                 prune_weights(folder.parent, config.checkpoint.keep_weights, folder.name)
         except OSError as error:
-            raise UserError(f"cannot save {folder}: {error.strerror}; free space or change the permissions") from None
+            raise WriteError(f"cannot save {folder}: {error.strerror}; free space or change the permissions") from None
 
     on_main(accelerator, write)
     return folder

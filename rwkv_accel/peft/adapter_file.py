@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rwkv_accel import __version__
 from rwkv_accel.config.schema import PeftConfig
-from rwkv_accel.errors import UserError
+from rwkv_accel.errors import UserError, WriteError
 
 TENSORS_FILE = "adapter.safetensors"
 META_FILE = "adapter.json"
@@ -108,7 +108,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         os.replace(part, folder)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(
+        raise WriteError(
             f"cannot write {folder}: {error.strerror or error}; free space or choose another folder"
         ) from None
     shutil.rmtree(old, ignore_errors=True)

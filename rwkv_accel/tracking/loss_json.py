@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class LossJson:
         self.num_damaged = 0
         self.num_records = 0
         self._copies: list[_Copy] = []
-        self._missed = b""
+        self._is_unpublished = False
         self._path, self._link = path, path.with_name(f".{path.name}.link")
         self._names = [path.with_name(f".{path.name}.{k}") for k in (0, 1)]
         self._build(self._kept_lines(resume_step))
@@ -46,17 +47,28 @@ class LossJson:
         return len(self._copies) == 2
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add one record. Cost does not depend on the length of the file. NaN and infinities become null."""
-        text = json.dumps(json_ready(record), allow_nan=False).encode()
-        entry = self._entry(text)
-        if not self.has_two_copies:
-            self._copies[0].extend(entry)
+        """Add one record. Cost does not depend on the length of the file. NaN and infinities become null.
+
+        Raises:
+            OSError: the disk refused. The visible file is as it was; the record comes with the next one, or `flush`.
+        """
+        entry = self._entry(json.dumps(json_ready(record), allow_nan=False).encode())
+        for copy in self._copies:
+            copy.lacks += entry
+        self.flush()
+
+    def flush(self) -> None:
+        """Bring on disk what an append could not. Raises OSError as append does."""
+        older = self._copies[-1]
+        if not older.lacks and not self._is_unpublished:
             return
-        self._copies.reverse()
-        self._names.reverse()
-        self._copies[0].extend(self._missed + entry)
-        self._missed = entry
-        self._publish()
+        older.catch_up()
+        if self.has_two_copies:
+            self._is_unpublished = True
+            self._publish(self._names[-1])
+            self._is_unpublished = False
+            self._copies.reverse()
+            self._names.reverse()
 
     def keep_first(self, count: int) -> None:
         """Drop all records after the first `count`: they came after the checkpoint that the run goes on from."""
@@ -67,7 +79,9 @@ class LossJson:
         self._build(itertools.islice(self._kept_lines(), count))
 
     def close(self) -> None:
-        """Leave the visible file alone in the folder."""
+        """Leave the visible file alone in the folder, with all that the disk will take."""
+        with suppress(OSError):
+            self.flush()
         for copy in self._copies:
             copy.close()
         for name in [*self._names, self._link]:
@@ -81,7 +95,7 @@ class LossJson:
         # The kept records are written anew: nothing depends on what a killed writer left beside the file.
         for name in [*self._names, self._link]:
             name.unlink(missing_ok=True)
-        self.num_records, self._missed = 0, b""
+        self.num_records = 0
         first = _Copy(self._names[0])
         for line in lines:
             first.write(self._entry(line))
@@ -95,8 +109,10 @@ class LossJson:
         self._copies = [first, first.duplicate(self._names[1])]
         os.replace(self._link, self._path)
 
-    def _publish(self) -> None:
-        os.link(self._names[0], self._link)
+    def _publish(self, name: Path) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self._link)  # of a try that failed between these two
+        os.link(name, self._link)
         os.replace(self._link, self._path)
 
     def _kept_lines(self, resume_step: int | None = None) -> Iterator[bytes]:
@@ -117,6 +133,8 @@ class _Copy:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._buffer = bytearray(b"[")
         self._end = 0
+        self.lacks = bytearray()
+        """Records that are not in this copy yet."""
 
     def write(self, data: bytes) -> None:
         """Buffered, while the file is being built."""
@@ -129,9 +147,17 @@ class _Copy:
         _write_at(self._fd, TAIL, self._end)
         os.fsync(self._fd)
 
-    def extend(self, data: bytes) -> None:
-        _write_at(self._fd, data + TAIL, self._end)
-        self._end += len(data)
+    def catch_up(self) -> None:
+        """Write what is lacking. Raises OSError, and is then a complete array as before."""
+        try:
+            _write_at(self._fd, bytes(self.lacks) + TAIL, self._end)
+        except OSError:
+            with suppress(OSError):
+                _write_at(self._fd, TAIL, self._end)
+                os.ftruncate(self._fd, self._end + len(TAIL))
+            raise
+        self._end += len(self.lacks)
+        self.lacks.clear()
 
     def duplicate(self, path: Path) -> _Copy:
         other, offset = _Copy(path), 0

@@ -122,6 +122,7 @@ class MainRunLog(RunLog):
         self._total_steps, self._resume_step = total_steps, resume_step
         self._out_dir = Path(config.out_dir)
         self._trackers: Trackers | None = None
+        self._is_disk_well = True
         self._state: dict[str, Any] = {
             "smoothed_loss": None,
             "epoch_loss_sum": 0.0,
@@ -163,21 +164,21 @@ class MainRunLog(RunLog):
             steps_left=self._total_steps - record.step,
         )
         values = self._values(record, rates)
-        with self._writing():
+        with self._surviving():
             self._loss_json.append(values)
         self._open_trackers().log({k: v for k, v in values.items() if k != "step"}, record.step)
         self._progress.show(record.step, _line(values, rates))
 
     def log_eval(self, step: int, epoch: int, result: EvalRecord) -> None:
         values = result.values()
-        with self._writing():
+        with self._surviving():
             self._eval_json.append({"step": step, "epoch": epoch, "set": result.name, **values})
         self._open_trackers().log(values, step, section=f"eval/{result.name}")
         self.message(f"step {step}: {result.describe()}")
 
     def log_samples(self, step: int, epoch: int, samples: list[dict[str, Any]]) -> None:
         stopped = sum(sample["stopped"] for sample in samples) / len(samples)
-        with self._writing():
+        with self._surviving():
             self._samples_json.append({"step": step, "epoch": epoch, "stopped_share": stopped, "samples": samples})
         self._open_trackers().log({"stopped_share": stopped}, step, section="samples")
         self._open_trackers().log_texts(samples, step)
@@ -190,12 +191,12 @@ class MainRunLog(RunLog):
     def epoch_line(self, epochs_done: int) -> None:
         saved = self._state
         loss = saved["epoch_loss_sum"] / saved["epoch_targets"] if saved["epoch_targets"] else float("nan")
-        with self._writing():
+        with self._surviving():
             self._train_log.epoch(epochs_done - 1, loss, saved["last_lr"])
         saved["epoch_loss_sum"], saved["epoch_targets"] = 0.0, 0
 
     def message(self, text: str) -> None:
-        with self._writing():
+        with self._surviving():
             self._train_log.message(text)
         self._progress.message(text)
 
@@ -264,6 +265,20 @@ class MainRunLog(RunLog):
             **timed,
             "memory_bytes": peak_memory_bytes(self._device),
         }
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """A full disk does not end a run: what could not be written waits in memory for the next write."""
+        try:
+            yield
+            self._is_disk_well = True
+        except OSError as error:
+            if self._is_disk_well:
+                self._progress.message(
+                    f"cannot write the logs in {self._out_dir}: {error.strerror or error}; records are kept in memory, "
+                    "and written when there is room"
+                )
+            self._is_disk_well = False
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

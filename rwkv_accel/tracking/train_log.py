@@ -16,6 +16,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class TrainLog:
 
     def __init__(self, path: Path, config: dict[str, Any], resume_step: int, now: Callable[[], datetime]):
         self._now = now
+        self._unwritten = bytearray()
         self._num_epochs = 0
         torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -43,12 +45,15 @@ class TrainLog:
         self._write("".join(f"# {stamp} {line}\n" for line in text.splitlines()))
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._write("")
         os.close(self._fd)
 
     def _write(self, text: str) -> None:
-        data = text.encode()
-        while data:
-            data = data[os.write(self._fd, data) :]
+        """Raises OSError when the disk refuses; the rest comes before the next text."""
+        self._unwritten += text.encode()
+        while self._unwritten:
+            del self._unwritten[: os.write(self._fd, self._unwritten)]
 
 
 def perplexity(loss: float) -> float:

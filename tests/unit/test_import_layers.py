@@ -25,6 +25,7 @@ LAYERS = [
         "profiling",
         "metric_control",
         "guard",
+        "disk",
         "out_of_memory",
         "watchdog",
         "skipped",

@@ -122,6 +122,53 @@ def test_death_at_every_byte_of_a_write(path, links, num_before, monkeypatch):
     assert whole >= 40
 
 
+@pytest.mark.parametrize("room", [0, 1, 20])
+def test_full_disk_keeps_the_array_whole_and_the_records_for_later(path, links, room, monkeypatch):
+    log = LossJson(path, 0)
+    for step in (1, 2, 3):
+        log.append(record(step))
+    pwrite, sizes = os.pwrite, {}
+
+    def full(fd, data, offset):
+        # A file system that is full takes what fits, and overwrites what is there already.
+        stat = os.fstat(fd)
+        size = sizes.setdefault(stat.st_ino, stat.st_size + room)
+        if offset >= size:
+            raise OSError(28, "No space left on device")
+        return pwrite(fd, data[: size - offset], offset)
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(os, "pwrite", full)
+        for step in (4, 5, 6):
+            with pytest.raises(OSError, match="No space left"):
+                log.append(record(step))
+            assert steps(path) == [1, 2, 3]
+    assert steps(path) == [1, 2, 3]
+    log.append(record(7))
+    assert steps(path) == [1, 2, 3, 4, 5, 6, 7]
+    log.append(record(8))
+    log.close()
+    assert steps(path) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_rename_that_fails_is_made_up_for(path, monkeypatch):
+    log = LossJson(path, 0)
+    log.append(record(1))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as refusing:
+        refusing.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            log.append(record(2))
+    assert steps(path) == [1]
+    log.flush()
+    assert steps(path) == [1, 2]
+    log.append(record(3))
+    assert steps(path) == [1, 2, 3]
+
+
 def test_death_between_write_and_rename(path, monkeypatch):
     log = LossJson(path, 0)
     for step in (1, 2, 3):

@@ -222,17 +222,33 @@ def test_damaged_and_in_place_files_are_said(open_log, tmp_path, capsys, monkeyp
     assert records(tmp_path) == [{"step": 1}]
 
 
-def test_full_disk_is_one_line_with_the_remedy(open_log, tmp_path, monkeypatch):
-    log = open_log()
-    log.log_step(step_record(1))
+def full(*_):
+    raise OSError(28, "No space left on device")
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
+def test_full_disk_at_the_start_is_one_line_with_the_remedy(open_log, monkeypatch):
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(UserError, match="No space left on device; mend it and start the same command again"):
+        open_log()
+
+
+def test_full_disk_later_is_told_once_and_nothing_is_lost(open_log, tmp_path, monkeypatch, capsys):
+    log = open_log()
+    log.log_step(step_record(1))
+    with monkeypatch.context() as refusing:
+        refusing.setattr(os, "pwrite", full)
+        refusing.setattr(os, "write", full)
         log.log_step(step_record(2))
-    assert [r["step"] for r in records(tmp_path)] == [1]
+        log.message("message one")
+        log.log_step(step_record(3))
+        log.epoch_line(1)
+        assert [r["step"] for r in records(tmp_path)] == [1]
+    assert capsys.readouterr().err.count("No space left on device; records are kept in memory") == 1
+    log.message("message two")
+    log.close()
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3]
+    text = (tmp_path / "train_log.txt").read_text()
+    assert text.index("message one") < text.index("\n0 ") < text.index("message two")
 
 
 def test_state_of_another_version_is_refused(open_log):

@@ -20,15 +20,16 @@ TOKENS, SECONDS = "tokens", "wall_seconds"
 
 def number(value: Any) -> float | None:
     """The value if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
+    # By exact type: a bool is no number, and long runs ask this millions of times.
+    kind = type(value)
+    return value if kind is int or (kind is float and math.isfinite(value)) else None
 
 
 def columns_of(records: Sequence[dict[str, Any]]) -> dict[str, Numbers]:
     """One list per key that holds a number in any record; `step` among them."""
-    names = dict.fromkeys(key for record in records for key, value in record.items() if number(value) is not None)
-    return {name: [number(record.get(name)) for record in records] for name in names}
+    names = dict.fromkeys(key for record in records for key in record)
+    columns = {name: [number(record.get(name)) for record in records] for name in names}
+    return {name: values for name, values in columns.items() if any(value is not None for value in values)}
 
 
 def running_sum(values: Sequence[float | None]) -> list[float]:

@@ -135,12 +135,18 @@ def list_checkpoints(store: RemoteStore) -> tuple[list[RemoteCheckpoint], list[R
 
 
 def prune_checkpoints(store: RemoteStore, config: CheckpointConfig) -> None:
-    """Remove what retention does not keep, and what is left of uploads that did not end."""
+    """Remove what retention does not keep, what was written again later, and uploads that did not end."""
     complete, unfinished = list_checkpoints(store)
-    for found in complete[: -config.keep_last]:
-        if found.step is None or not stays(found.name, found.step, config.keep_every_n_steps):
-            _remove_folder(store, found.folder, found.files, MANIFEST_FILE)
-    for found in unfinished:
+    newest_names: list[str] = []
+    surplus = []
+    for found in reversed(complete):
+        is_replaced = found.name in newest_names
+        is_kept = found.step is not None and stays(found.name, found.step, config.keep_every_n_steps)
+        if is_replaced or (len(newest_names) >= config.keep_last and not is_kept):
+            surplus.append(found)
+        if not is_replaced:
+            newest_names.append(found.name)
+    for found in surplus + unfinished:
         _remove_folder(store, found.folder, found.files, MANIFEST_FILE)
 
 

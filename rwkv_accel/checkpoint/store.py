@@ -74,10 +74,10 @@ class RemoteStore:
             self._read_back(name, len(content), hashlib.sha256(content).hexdigest())
             self._files.rm_file(self._path(name))
         except Exception as error:  # noqa: BLE001  each filesystem has errors of its own
+            access = ", the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and the endpoint (AWS_ENDPOINT_URL)"
             raise UserError(
-                f"checkpoint.remote_url {self.url} cannot be used: {_reason(error)}; check the URL, the credentials "
-                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and the endpoint (AWS_ENDPOINT_URL), or leave "
-                "checkpoint.remote_url out"
+                f"checkpoint.remote_url {self.url} cannot be used: {_reason(error)}; check the URL"
+                f"{access if _is_s3(self.url) else ''}, or leave checkpoint.remote_url out"
             ) from None
 
     def files(self, folder: str) -> dict[str, int]:
@@ -223,14 +223,14 @@ def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
 
     scheme = url.partition("://")[0]
     more: dict[str, Any] = {}
-    if scheme in ("s3", "s3a"):
+    if _is_s3(url):
         more = {"config_kwargs": {**S3_CONFIG, **options.get("config_kwargs", {})}}
     elif scheme in ("file", "local"):
         more = {"auto_mkdir": True}
     try:
         files, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, **{**options, **more})
     except ImportError:
-        package = "'rwkv_accel[s3]'" if scheme in ("s3", "s3a") else f"the fsspec package for {scheme}://"
+        package = "'rwkv_accel[s3]'" if _is_s3(url) else f"the fsspec package for {scheme}://"
         raise UserError(f"storage {url} needs a package that is missing: pip install {package}") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
@@ -239,6 +239,10 @@ def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     if hasattr(files, "retries"):
         files.retries = 1  # s3fs: a third layer of attempts would multiply the other two
     return files, root.rstrip("/")
+
+
+def _is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
 
 
 def _reason(error: BaseException) -> str:

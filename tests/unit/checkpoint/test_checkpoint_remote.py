@@ -228,6 +228,13 @@ def test_retention_there_is_that_of_the_recipe(out_dir, store, remote):
     assert folders(remote / "checkpoints") == ["checkpoint-500", "step-00000020-2", "step-00000060-6"]
 
 
+def test_what_is_written_again_takes_the_place_of_what_it_was(out_dir, store, remote):
+    # The end of an epoch writes the step of the cadence once more, and each signal INTERRUPTED.
+    for step, name in ((10, None), (20, None), (20, None), (25, "INTERRUPTED"), (28, "INTERRUPTED"), (30, None)):
+        save(out_dir, store, step, name, keep_last=3, keep_every_n_steps=20)
+    assert folders(remote / "checkpoints") == ["INTERRUPTED-5", "step-00000020-3", "step-00000030-6"]
+
+
 def test_saved_weights_there_are_limited_too(out_dir, store, remote):
     for step in (1, 2, 3):
         for folder in (out_dir / "adapter" / f"epoch-{step:04d}", out_dir / "best"):

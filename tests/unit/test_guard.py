@@ -126,3 +126,25 @@ def test_unscale_takes_the_scale_out_exactly():
     param.grad = grad * float(guard.loss_scale)
     guard.unscale([param])
     assert torch.equal(param.grad, grad)
+
+
+def test_decisions_do_not_wait_for_the_device():
+    """On tensors without values, which nobody can look at, under every reason there is."""
+    meta = torch.device("meta")
+    guard = UpdateGuard(TrainerConfig(precision="16-mixed", spike_guard_factor=2.0), Health(), meta)
+    param = torch.nn.Parameter(torch.zeros(5, device=meta))
+    param.grad = torch.zeros(5, device=meta)
+
+    class Fused:
+        _step_supports_amp_scaling = True
+        flags: tuple = ()
+
+        def step(self):
+            self.flags = (self.grad_scale, self.found_inf.device)
+
+    optimizer = Fused()
+    assert guard.weigh(torch.zeros((), device=meta)).device == meta
+    guard.unscale([param])
+    guard.step(optimizer, param.grad.norm())
+    assert optimizer.flags == (None, meta)
+    assert guard.verdict.device == meta

@@ -6,6 +6,8 @@ import torch
 from rwkv_accel import train as entry
 from rwkv_accel.config.load import load_config
 from rwkv_accel.out_of_memory import is_out_of_memory, remedies
+from rwkv_accel.runtime import launched_strategy
+from tests.distributed.forked_launch import launcher_environment
 
 MINIMAL = "out_dir: {out}\nmodel: {{path: base.pth}}\ndata: {{path: a.jsonl, ctx_len: 512}}\n"
 
@@ -98,3 +100,16 @@ def test_remedies_fit_the_run(recipe, overrides, strategy, world, expected, abse
         # What is advised must be a recipe: one remedy takes the place of what it replaces.
         names = {key.split("=")[0] for key in keys}
         load_config(recipe, [o for o in overrides if o.split("=")[0] not in names] + keys)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_way_of_launching_is_known_without_an_accelerator(name, monkeypatch):
+    for variable, value in {**launcher_environment(name, 2), "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(variable, value)
+    assert launched_strategy() == name
+
+
+def test_process_that_nobody_launched(monkeypatch):
+    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    assert launched_strategy() == "single"

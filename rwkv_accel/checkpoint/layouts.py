@@ -102,7 +102,8 @@ class Replicated(Layout):
 
     def gather(self, entries: list[Entry]) -> Iterator[Tensor | None]:
         for param, key in entries:
-            yield self._value(param, key).detach().cpu().clone() if self.accelerator.is_main_process else None
+            value = self._value(param, key).detach()
+            yield value.to("cpu", copy=True) if self.accelerator.is_main_process else None
 
     def write(self, param: Tensor, key: str | None, value: Tensor) -> None:
         self._value(param, key).detach().copy_(value)
@@ -123,7 +124,7 @@ class FullySharded(Replicated):
         for param, key in entries:
             value = self._value(param, key).detach()
             full = value.full_tensor() if isinstance(value, DTensor) else value
-            yield full.cpu().clone() if self.accelerator.is_main_process else None
+            yield full.to("cpu", copy=True) if self.accelerator.is_main_process else None
 
     def write(self, param: Tensor, key: str | None, value: Tensor) -> None:
         from torch.distributed.tensor import DTensor, distribute_tensor

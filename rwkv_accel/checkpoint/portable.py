@@ -67,7 +67,7 @@ def save_checkpoint(
     if accelerator.is_main_process:
         tensors = {TRAINABLE_FILE: trained.params, OPTIMIZER_FILE: trained.moments}
         if extra_tensors:
-            tensors[EXTRA_FILE] = {key: value.detach().cpu().clone() for key, value in extra_tensors.items()}
+            tensors[EXTRA_FILE] = {key: value.detach().to("cpu", copy=True) for key, value in extra_tensors.items()}
         document = {
             "state": state,
             "extra": extra or {},

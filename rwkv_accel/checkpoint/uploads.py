@@ -67,7 +67,7 @@ class Uploads:
         self._changed = Condition()
         self._waiting: list[_Item] = []
         self._under_way: _Item | None = None
-        self._is_new = self._is_closing = False
+        self._is_new = self._is_closing = self._is_abandoned = False
         shutil.rmtree(self._staging, ignore_errors=True)
         # A daemon: a program that ends by an error does not wait for a slow line.
         self._thread = Thread(target=self._work, name="uploads", daemon=True)
@@ -117,6 +117,7 @@ class Uploads:
             beat("waiting for uploads")
             self._thread.join(min(left_seconds, SECONDS_BETWEEN_BEATS))
         with self._changed:
+            self._is_abandoned = True
             left = [item.target for item in self._waiting]
         if not left:
             shutil.rmtree(self._staging, ignore_errors=True)
@@ -156,7 +157,8 @@ class Uploads:
                 self._is_new = False
             self._upload_waiting()
             if is_last:
-                self._upload_logs()
+                if not self._is_abandoned:
+                    self._upload_logs()
                 return
 
     def _upload_waiting(self) -> None:
@@ -168,7 +170,9 @@ class Uploads:
             try:
                 item.upload()
             except (UserError, OSError) as error:
-                logger.warning("%s is not uploaded: %s; tried again with the next save", item.target, error)
+                # A word to stderr while the interpreter ends would be a crash.
+                if not self._is_abandoned:
+                    logger.warning("%s is not uploaded: %s; tried again with the next save", item.target, error)
                 return
             finally:
                 with self._changed:

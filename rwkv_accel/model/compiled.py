@@ -13,7 +13,7 @@ from rwkv_accel.model.rwkv7 import RWKV7
 COMPILERS = ("c++", "g++", "clang++")
 # Custom forward and backward passes: fused already, and not for the compiler to look into.
 HAND_WRITTEN = ("rwkv_accel.ops", "rwkv_accel.peft.quant")
-RECOMPILES_PER_BLOCK = 8
+RECOMPILES_PER_BLOCK = 32
 """Versions of a block's code, for its shapes and for training and validation, before the rest runs uncompiled."""
 
 

@@ -37,8 +37,8 @@ class Job:
     optimizer: str
     accumulation: int
     """Micro-batches per process and update."""
-    foreach: bool = True
-    """The optimizer works on all tensors at once, as it does on GPUs."""
+    fused: bool = True
+    """The optimizer needs no memory of its own in a step, as on GPUs."""
     cluster: Cluster = field(default_factory=Cluster)
 
 
@@ -110,7 +110,9 @@ def estimate(
     else:
         growing = activations.backward_peak + weights.head_trained, activations.one_block_peak + gradients
         in_pass = max(activations.forward_peak, *growing)
-    at_step = gradients + (0 if offload else _step_bytes(weights, job, split))
+    # What an optimizer that is not fused makes of one tensor at a time.
+    working = 0 if job.fused or offload or job.optimizer != "adamw" else math.ceil(weights.largest_trained / split)
+    at_step = gradients + working
     peak = plain + quantised + moments + buffers + max(in_pass, at_step)
     training = training_of(weights, job.accumulation)
     shared: Strategy = {"single": "ddp", "fsdp2": "zero3"}.get(zero, zero)  # type: ignore[assignment]
@@ -169,10 +171,3 @@ def _buffers(zero: str, weights: Weights) -> int:
     if zero == "fsdp2":
         return 2 * weights.largest_block + weights.outside_blocks
     return 0
-
-
-def _step_bytes(weights: Weights, job: Job, split: int) -> int:
-    """What the optimizer needs beside its state: square roots of one tensor, or of all of them at once."""
-    if job.optimizer != "adamw":
-        return 0
-    return math.ceil((weights.trained if job.foreach else weights.largest_trained) / split)

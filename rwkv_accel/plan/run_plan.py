@@ -196,7 +196,8 @@ def length_of(config: RunConfig, gpus: int) -> tuple[int | None, int | None, str
     """Updates and tokens of the run, and where they come from. Reads the data where it is here."""
     trainer, paths = config.trainer, config.data.path
     paths = (paths,) if isinstance(paths, str) else paths
-    if all(Path(path).exists() for path in paths) and Path(config.model.path or ".").exists():
+    data_is_here = not config.data.is_endless and all(Path(path).exists() for path in paths)
+    if data_is_here and Path(config.model.path or ".").exists():
         steps = trainer.max_epochs * -(-build_loader(config, None).rows_per_epoch // _rows(config, gpus))
         steps = min(steps, trainer.max_steps or steps)
         source = "the data, rows taken as full"
@@ -205,7 +206,7 @@ def length_of(config: RunConfig, gpus: int) -> tuple[int | None, int | None, str
     elif trainer.max_tokens is not None:
         return None, trainer.max_tokens, "trainer.max_tokens"
     elif trainer.max_steps is not None:
-        steps, source = trainer.max_steps, "trainer.max_steps; the data is not here"
+        steps, source = trainer.max_steps, "trainer.max_steps; the data is a stream or not here"
     else:
         return None, None, "unknown: the data is not here and trainer.max_steps is not set"
     return steps, steps * _rows(config, gpus) * config.data.ctx_len, source

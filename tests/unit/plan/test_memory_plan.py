@@ -36,7 +36,7 @@ def predicted(case, device_type):
     config, peft, precision = RWKV7Config.for_new_model(*shape), PeftConfig(**peft), Precision.from_name(precision)
     work = Work(**work, device_type=device_type)
     weights = weights_of(config, peft, precision)
-    job = Job(1, "adamw", accumulation, foreach=device_type == "cuda")
+    job = Job(1, "adamw", accumulation, fused=device_type == "cuda")
     return weights, estimate(
         "single", weights, activations_of(config, peft, precision, work), job,
         micro_batch_size=work.rows, tokens=work.tokens, checkpointing=work.checkpointing,

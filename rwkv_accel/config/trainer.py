@@ -35,7 +35,7 @@ class TrainerConfig(Strict):
     max_tokens: Positive | None = None
     """Stop after the update that completes this many tokens, padding excluded. The schedule ends there too."""
     max_time: Annotated[float, Field(gt=0)] | None = None
-    """Seconds, or "DD:HH:MM:SS", from the start of the process: then the run saves and ends in order. The same command
+    """Seconds, or "DD:HH:MM:SS", from this start of the run: then it saves and ends in order. The same command
     continues it, with as much time again."""
     limit_train_batches: CountOrShare | None = None
     """Train on only this many updates' rows of each epoch: a number, or a share of the epoch (0.1)."""

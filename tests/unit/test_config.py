@@ -35,6 +35,16 @@ def test_number_without_dot_is_a_number(tmp_path):
     assert load_config(recipe(tmp_path), ["optim.lr_init=3e-4"]).optim.lr_init == 3e-4
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1:12:00:00", 129600), ("00:11:30:00", 41400), ("90", 90), ("01:30", 90), ("0.5", 0.5)]
+)
+def test_times_are_not_numbers_of_base_60(tmp_path, text, seconds):
+    # YAML 1.1 reads 1:12:00:00 as 259200.
+    assert load_config(recipe(tmp_path), [f"trainer.max_time={text}"]).trainer.max_time == seconds
+    path = recipe(tmp_path, MINIMAL + f"trainer: {{max_time: {text}}}\n")
+    assert load_config(path).trainer.max_time == seconds
+
+
 def test_all_problems_in_one_go(tmp_path):
     lines = problems(recipe(tmp_path), "peft.rank=0", "data.ctx_len=0", "trainer.max_epochs=two", "optim.lr=1")
     assert len(lines) == 4
@@ -132,6 +142,13 @@ def test_every_recipe_loads(path):
             "no whole to take eval.split_fraction from",
         ),
         (["trainer.max_steps=9", "eval.path=v.jsonl"], "data.streaming knows no epochs: set eval.every_n_steps"),
+        (
+            ["trainer.max_steps=9", "eval.path=v.jsonl", "eval.every_n_steps=0.5"],
+            "set eval.every_n_steps to a number of updates",
+        ),
+        (["trainer.max_steps=9", "trainer.max_tokens=5"], "set trainer.max_steps in place of trainer.max_tokens"),
+        (["trainer.max_steps=9", "trainer.limit_train_batches=5"], "in place of trainer.limit_train_batches"),
+        (["trainer.max_steps=9", "trainer.overfit_batches=0.5"], "in place of trainer.overfit_batches"),
     ],
 )
 def test_a_stream_has_no_epochs(overrides, problem):

@@ -128,7 +128,7 @@ def check_same_run(saved_config: dict[str, Any], config: dict[str, Any]) -> None
     if differing:
         raise UserError(
             f"the recipe contradicts the checkpoint: {'; '.join(differing)}. Put the old values back to "
-            "continue, or give another out_dir for a new run"
+            "continue, or give another out_dir (and checkpoint.remote_url) for a new run"
         )
     for key in LENGTH_KEYS:
         old, now = _get(saved, key), _get(new, key)

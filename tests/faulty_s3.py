@@ -18,7 +18,16 @@ server.start()
 print(server.get_host_and_port()[1], flush=True)
 sys.stdin.read()  # until the tests are gone
 """
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "tests",
+    "AWS_SECRET_ACCESS_KEY": "tests",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    # Nothing of the machine: its profiles, and a proxy that cannot see this host's own address.
+    "AWS_CONFIG_FILE": "/nonexistent",
+    "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+    "NO_PROXY": "127.0.0.1",
+    "no_proxy": "127.0.0.1",
+}
 BUCKET = "runs"
 
 Fault = Callable[[str, str], "str | None"]

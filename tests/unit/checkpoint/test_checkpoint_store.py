@@ -148,7 +148,6 @@ def test_unusable_storage_is_one_line_before_the_training(store, proxy, monkeypa
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
     with pytest.raises(UserError, match=r"cannot be used: Unable to locate credentials; check .*AWS_ACCESS_KEY_ID"):
         RemoteStore(f"s3://{BUCKET}/x", store.options).check()
 

@@ -1,6 +1,7 @@
 """A rank that comes to a halt is reported by all that still can, with stacks, and told from those that wait for it."""
 
 import json
+import re
 
 import pytest
 
@@ -34,13 +35,15 @@ def run(work, name, how, **trainer):
 
 
 def test_report_names_the_rank_its_phase_and_its_stack(work):
-    run(work, "hang", "hang", stall_timeout_seconds=2)
-    waiting, hanging = ((work / "hang" / f"stall-rank{rank}.txt").read_text() for rank in (0, 1))
+    run(work, "hang", "hang", stall_timeout_seconds=3)
+    # The last report of each: a machine that is very busy may look stalled before.
+    waiting, hanging = (
+        "stall:" + (work / "hang" / f"stall-rank{rank}.txt").read_text().split("stall:")[-1] for rank in (0, 1)
+    )
     for text in (waiting, hanging):
         assert "stall: no rank has made progress for" in text
-        assert "rank 1 is behind; pid" in text
-        assert "training, forward pass, step 3" in text
-        assert "rank 0 is" not in text
+        assert re.search(r"rank 1 is behind.*; pid \d+ on .*: training, forward pass, step 3", text)
+        assert "rank 0 is behind" not in text
     assert "this is rank 0 of 2" in waiting
     assert "training, backward pass, step 3" in waiting
     assert "in train_window" in waiting
@@ -55,7 +58,7 @@ def test_report_names_the_rank_its_phase_and_its_stack(work):
 
 def test_stopped_process_is_named_by_the_others_which_end(work):
     with pytest.raises(AssertionError, match=r"exit codes \[70, -9\]"):
-        run(work, "stop", "stop", stall_timeout_seconds=2, stall_action="exit")
+        run(work, "stop", "stop", stall_timeout_seconds=5, stall_action="exit")
     text = (work / "stop" / "stall-rank0.txt").read_text()
     assert "rank 1 is behind and is stopped as a whole or gone; pid" in text
     assert "in train_window" in text

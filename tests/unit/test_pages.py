@@ -9,7 +9,7 @@ from rwkv_accel.config.load import leaf_keys, load_config
 from rwkv_accel.config.schema import RunConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("faq.md", "methods.md", "launching.md")
+PAGES = ("faq.md", "methods.md", "launching.md", "health.md")
 SECTIONS = tuple(name for name in RunConfig.model_fields if name != "out_dir")
 KEYS = set(leaf_keys())
 

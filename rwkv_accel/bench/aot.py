@@ -10,12 +10,14 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rwkv_accel.ops.elementwise import head_gate, relu_squared, shift_lerp, wkv_inputs
 from rwkv_accel.ops.wkv7 import triton_op
 from rwkv_accel.ops.wkv7.pieces import WANTED_PROGRAMS, build_pieces
 from rwkv_accel.ops.wkv7.step import StepInputs, StepWeights
@@ -23,7 +25,6 @@ from rwkv_accel.ops.wkv7.triton_config import (
     DTYPES,
     HEAD_SIZES,
     Config,
-    Launch,
     default_config,
     entry_name,
     obstacle,
@@ -51,7 +52,7 @@ class Kernel:
     function: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    launch: Launch
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,35 +71,51 @@ def shipped(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     head_sizes: tuple[int, ...] = HEAD_SIZES,
 ) -> Iterator[Kernel]:
-    """All kernels of the table's configurations."""
+    """All kernels of the table's configurations, and the elementwise ones that go with them."""
     for target in targets:
         _, _, family = TARGETS[target]
         for dtype in dtypes:
             for size in head_sizes:
                 if obstacle(family, dtype, size) is None:
-                    yield from kernels_of(target, dtype, size, default_config(family, dtype, size))
+                    yield from wkv7_kernels(target, dtype, size, default_config(family, dtype, size))
+                yield from elementwise_kernels(target, dtype, size)
 
 
-def kernels_of(target: str, dtype: torch.dtype, size: int, config: Config) -> list[Kernel]:
-    """The launches of training from no state, of inference, and of training a sequence cut into pieces."""
-    family = TARGETS[target][2]
+@contextmanager
+def captured(target: str, label: str) -> Iterator[dict[str, Kernel]]:
+    """Fills the dictionary with the launches of the calls within, by name, instead of running them."""
+    from triton.runtime.jit import JITFunction
+
+    found: dict[str, Kernel] = {}
+
+    def record(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        given = dict(zip(function.arg_names, args)) | kwargs
+        named = {name: given.pop(name) for name in function.arg_names}
+        fixed = {p.name for p in function.params if p.is_constexpr}
+        constants = {name: value for name, value in named.items() if name in fixed or value is None}
+        signature = {name: "constexpr" if name in constants else _type_of(value) for name, value in named.items()}
+        name = "/".join([function.fn.__name__, *_variant(constants), label])
+        found.setdefault(name, Kernel(name, target, function, signature, constants, given))
+
+    plain = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield found
+    finally:
+        JITFunction.run = plain
+
+
+def wkv7_kernels(target: str, dtype: torch.dtype, size: int, config: Config) -> list[Kernel]:
+    """Training from no state, inference, training a sequence that is cut into pieces, a token of generation."""
     heads, num_tokens = 2, 64 * config.chunk_size
     x = torch.empty(1, num_tokens, heads, size, dtype=dtype, device="meta")
     inputs = (x, x.float(), x, x, x, x)
     state = x.new_empty(1, heads, size, size, dtype=torch.float32)
-    found: dict[str, Kernel] = {}
-
-    def record(function: Any, programs: int, launch: Launch, *args: Any, **constants: Any) -> None:
-        named = dict(zip(function.arg_names, args))
-        signature = {name: _type_of(value) for name, value in named.items()}
-        absent = dict.fromkeys(name for name, kind in signature.items() if kind == "constexpr")
-        name = "/".join([function.fn.__name__, *_variant(constants, absent), entry_name(dtype, size)])
-        found.setdefault(name, Kernel(name, target, function, signature, {**absent, **constants}, launch))
-
-    with triton_op.recording(record):
+    numbers = precision(TARGETS[target][2], dtype)
+    with captured(target, entry_name(dtype, size)) as found:
         for programs, start, kept in ((WANTED_PROGRAMS, None, True), (WANTED_PROGRAMS, state, False), (8, state, True)):
             pieces = build_pieces(1, num_tokens, None, config.chunk_size, programs, torch.device("meta"))
-            setup = triton_op.Setup(config, precision(family, dtype), pieces)
+            setup = triton_op.Setup(config, numbers, pieces)
             out, final, extra = triton_op.run_forward(inputs, start, setup, kept)
             if kept:
                 triton_op.run_backward(inputs, out, None if start is None else final, extra, setup)
@@ -107,8 +124,27 @@ def kernels_of(target: str, dtype: torch.dtype, size: int, config: Config) -> li
     return list(found.values())
 
 
-def _variant(constants: dict[str, Any], absent: dict[str, None]) -> list[str]:
+def elementwise_kernels(target: str, dtype: torch.dtype, size: int) -> list[Kernel]:
+    """Training of a block with all its vectors: forward and backward of the ops around the recurrence."""
+    channels = 2 * size
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+    h, vector = tensor(1, 32, channels), tensor(channels)
+    with captured(target, entry_name(dtype, size)) as found:
+        x = wkv_inputs(h, h, h, (h, h, h), (vector,) * 5, head_size=size, backend="triton")
+        gated = head_gate(h, h, h, h, h, vector, vector, vector, head_size=size, eps=1e-5, backend="triton")
+        outs = [*(out for out in x if out.requires_grad), gated]
+        if size == HEAD_SIZES[0]:  # they know nothing of heads
+            outs += [shift_lerp(h, tensor(6, channels), backend="triton"), relu_squared(h, backend="triton")]
+        torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
+    return list(found.values())
+
+
+def _variant(constants: dict[str, Any]) -> list[str]:
     """What tells the launches of one kernel within a call apart."""
+    absent = {name for name, value in constants.items() if value is None}
     if constants.get("TRANSITION"):
         return ["transition"]
     from_zeros = ["from zeros"] * ("start_p" in absent or ("d_end_p" in absent and "dz_p" not in absent))
@@ -117,8 +153,6 @@ def _variant(constants: dict[str, Any], absent: dict[str, None]) -> list[str]:
 
 
 def _type_of(value: Any) -> str:
-    if value is None:
-        return "constexpr"
     if isinstance(value, int | float):
         return "i32" if isinstance(value, int) else "fp32"
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
@@ -135,12 +169,12 @@ def compile_kernel(kernel: Kernel) -> Cost:
     pointers = [i for i, kind in enumerate(kernel.signature.values()) if kind.startswith("*")]
     source = ASTSource(
         fn=kernel.function,
-        signature={**kernel.signature, **dict.fromkeys(kernel.constants, "constexpr")},
+        signature=kernel.signature,
         constexprs=kernel.constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    compiled = triton.compile(source, target=target, options=kernel.launch.options)
+    compiled = triton.compile(source, target=target, options=kernel.options)
     if backend == "hip":
         return _amd_cost(compiled.asm["amdgcn"], compiled.metadata.shared)
     return _nvidia_cost(compiled.asm["cubin"], compiled.metadata.shared)

@@ -8,8 +8,8 @@ Shapes: B batch, T tokens, H heads, N head size, S sequences, P pieces, C tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,6 @@ from rwkv_accel.ops.wkv7.triton_forward import invert_chunks, join_pieces, scan_
 
 JOIN_ROWS = 16
 """Rows of a state per program where pieces are joined."""
-Recorder = Callable[..., None]
 
 
 def wkv7_triton(
@@ -71,25 +70,8 @@ def choose_setup(
 
 
 def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: Any) -> None:
-    """Every kernel starts here, so that a recorder sees exactly what is launched."""
-    if _recorder is not None:
-        _recorder(kernel, programs, sizes, *args, **constants)
-    else:
-        kernel[(programs,)](*args, **constants, **sizes.options)
-
-
-_recorder: Recorder | None = None
-
-
-@contextmanager
-def recording(record: Recorder) -> Iterator[None]:
-    """Hand launches to `record` instead of running them."""
-    global _recorder
-    _recorder = record
-    try:
-        yield
-    finally:
-        _recorder = None
+    """Queue `programs` programs of a kernel."""
+    kernel[(programs,)](*args, **constants, **sizes.options)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -75,7 +75,11 @@ class Uploads:
 
     def add_checkpoint(self, folder: Path) -> None:
         """Have a complete checkpoint uploaded; older ones that still wait give way unless they are kept for good."""
-        manifest = read_manifest(folder)
+        try:
+            manifest = read_manifest(folder)
+        except (UserError, OSError) as error:
+            logger.warning("%s will not be uploaded: %s", folder, error)
+            return
         target = f"{CHECKPOINTS_DIR}/{remote_name(folder.name, manifest)}"
         staged = self._new_staged()
 
@@ -131,6 +135,7 @@ class Uploads:
         try:
             _link(folder, item.staged)
         except OSError as error:
+            shutil.rmtree(item.staged, ignore_errors=True)
             logger.warning("%s will not be uploaded: %s", folder, error.strerror or error)
             return
         with self._changed:
@@ -173,13 +178,13 @@ class Uploads:
                 # A word to stderr while the interpreter ends would be a crash.
                 if not self._is_abandoned:
                     logger.warning("%s is not uploaded: %s; tried again with the next save", item.target, error)
-                return
-            finally:
                 with self._changed:
                     self._under_way = None
-            shutil.rmtree(item.staged, ignore_errors=True)
+                return
             with self._changed:
+                self._under_way = None
                 self._waiting.remove(item)
+            shutil.rmtree(item.staged, ignore_errors=True)
 
     def _upload_logs(self) -> None:
         # Checkpoints take the logs along; this is for what came after the last one.

@@ -7,6 +7,7 @@ killed leaves a folder under a temporary name, and the checkpoint before is whol
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -91,7 +92,8 @@ class CheckpointWriter:
     def _write(self, snapshot: Snapshot, name: str) -> None:
         self._last_failure = None
         try:
-            remove_leftovers(self.checkpoints)
+            # First, for what a killed save left behind may be the space that is missing.
+            self._tidy_up(lambda: remove_leftovers(self.checkpoints))
             folder = self.checkpoints / name
             write_folder(
                 folder,
@@ -102,9 +104,15 @@ class CheckpointWriter:
             )
             if self.uploads is not None:
                 self.uploads.add_checkpoint(folder)
-            prune(self.checkpoints, self._config.keep_last, self._config.keep_every_n_steps)
+            self._tidy_up(lambda: prune(self.checkpoints, self._config.keep_last, self._config.keep_every_n_steps))
         except CheckpointWriteError as error:
             self._last_failure = error
             self._failures.append(error)
         except BaseException as error:  # noqa: BLE001  raised again where the training sees it
             self._defect = error
+
+    def _tidy_up(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            self._failures.append(CheckpointWriteError(f"{self.checkpoints} cannot be tidied up: {error}"))

@@ -121,6 +121,21 @@ def test_a_failure_is_told_once_and_the_next_one_succeeds(tmp_path, accelerator,
     assert find_resume(tmp_path, "auto").name == "step-3"
 
 
+def test_a_folder_that_cannot_be_tidied_up_is_told_and_the_checkpoint_counts(
+    tmp_path, accelerator, make_run, monkeypatch
+):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(writer_module, "prune", refuse)
+    writer = CheckpointWriter(tmp_path, CheckpointConfig())
+    folder = save(accelerator, make_run(), writer, "step-1", 1)
+    writer.finish(accelerator)
+    (failure,) = writer.take_failures()
+    assert "checkpoints cannot be tidied up: [Errno 13] Permission denied" in str(failure)
+    assert validate(folder, deep=True).step == 1
+
+
 def test_a_defect_in_the_thread_is_not_swallowed(tmp_path, accelerator, make_run, monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError

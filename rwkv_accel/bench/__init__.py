@@ -7,7 +7,10 @@ CASES = {
     ),
     "kernels": ("rwkv_accel.bench.kernels", "what compilers make of the Triton kernels, for GPUs that are not here"),
     "loss": ("rwkv_accel.bench.loss", "cross-entropy over a large head: row chunks against all logits at once"),
-    "train": ("rwkv_accel.bench.train", "a LoRA training step of a 0.1B-shaped model, by WKV backend"),
+    "train": (
+        "rwkv_accel.bench.train",
+        "a LoRA training step, time and memory; --device cuda: 0.1B to 2.9B shapes, other op and layers",
+    ),
     "checkpoint": ("rwkv_accel.bench.checkpoint", "a resume checkpoint: the training held up, bytes, time to go on"),
     "start": ("rwkv_accel.bench.start", "from the command to the first update of the demo"),
     "peft": ("rwkv_accel.bench.peft", "adapter layers against nn.Linear and HF peft"),

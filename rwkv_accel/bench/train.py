@@ -25,11 +25,15 @@ CTX_LEN = 512
 
 
 def measure(options: Options) -> list[Row]:
-    backends = ("reference", "chunked") if options.device == "cpu" else ("auto",)
+    if options.device != "cpu":
+        from rwkv_accel.bench import train_gpu
+
+        return train_gpu.measure(options)
+    backends = ("reference", "chunked")
     found = {
         name: in_fresh_process(
             __name__,
-            {"backend": name, "threads": options.threads, "repeats": options.repeats, "device": options.device},
+            {"backend": name, "threads": options.threads, "repeats": options.repeats},
         )
         for name in backends
     }
@@ -47,15 +51,14 @@ def measure(options: Options) -> list[Row]:
 
 def _run(arguments: dict[str, Any]) -> dict[str, float]:
     torch.set_num_threads(arguments["threads"])
-    device = arguments["device"]
-    precision = Precision.from_name("32-true" if device == "cpu" else "bf16-mixed")
+    precision = Precision.from_name("32-true")
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base.pth"
         generate_init_weight(RWKV7Config.for_new_model(*SHAPE), base, seed=0)
         config = ModelConfig(path=str(base), wkv_backend=arguments["backend"])
-        model = load_model_and_apply_peft(config, PeftConfig(rank=32), precision=precision).to(device)
+        model = load_model_and_apply_peft(config, PeftConfig(rank=32), precision=precision)
         optimizer = build_optimizer(model, OptimConfig())
-        ids_BT = torch.randint(1, SHAPE[2], (1, CTX_LEN + 1), generator=torch.Generator().manual_seed(0)).to(device)
+        ids_BT = torch.randint(1, SHAPE[2], (1, CTX_LEN + 1), generator=torch.Generator().manual_seed(0))
         seconds = []
         for _ in range(arguments["repeats"] + 1):
             start = time.perf_counter()
@@ -63,13 +66,8 @@ def _run(arguments: dict[str, Any]) -> dict[str, float]:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            loss.item()  # waits for the device
             seconds.append(time.perf_counter() - start)
-    if device == "cpu":
-        peak_mib = peak_memory_mib()
-    else:
-        peak_mib = torch.cuda.max_memory_allocated() / 2**20
-    return {"tokens_per_second": CTX_LEN / median(seconds[1:]), "peak_mib": peak_mib}
+    return {"tokens_per_second": CTX_LEN / median(seconds[1:]), "peak_mib": peak_memory_mib()}
 
 
 if __name__ == "__main__":

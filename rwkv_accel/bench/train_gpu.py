@@ -1,0 +1,150 @@
+"""Whole LoRA training steps on a GPU: speed against another op and other layers in the same model, and peak memory.
+
+The baseline is this project's model with flash-linear-attention's op in place of ours and HF peft's LoRA layers in
+place of ours; everything else is the same code. Memory is what lies above the bytes of the (quantised) weights.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_accel.bench.harness import Options, Row, in_fresh_process
+from rwkv_accel.bench.wkv7_gpu import Op, load_fla
+from rwkv_accel.config.schema import LINEAR_TARGETS, ModelConfig, PeftConfig
+from rwkv_accel.model.config import RWKV7Config
+from rwkv_accel.model.init import generate_init_weight
+from rwkv_accel.model.io import load_model
+from rwkv_accel.model.precision import Precision
+from rwkv_accel.model.rwkv7 import RWKV7
+from rwkv_accel.ops.wkv7 import BACKENDS, select_backend
+from rwkv_accel.peft.apply import load_model_and_apply_peft
+
+SHAPES = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "2.9B": (32, 2560)}
+"""Layers and channels of the released models."""
+VOCAB, HEAD_SIZE, RANK = 65536, 64, 64
+SPEED_SHAPE, SPEED_CTX = "1.5B", 4096
+MEMORY_CTX = 1024
+OURS, THEIRS = "ours", "op of flash-linear-attention, layers of HF peft"
+
+
+def measure(options: Options) -> list[Row]:
+    rows = []
+    for shape in SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            base = Path(folder) / "base.pth"
+            config = RWKV7Config.for_new_model(*SHAPES[shape], VOCAB, HEAD_SIZE)
+            generate_init_weight(config, base, seed=0)
+            common = {"base": str(base), "repeats": options.repeats, "device": options.device}
+            if shape == SPEED_SHAPE:
+                rows += _speed({**common, "ctx": SPEED_CTX, "quant": "none", "recompute": "none"})
+            for quant in ("none", "nf4"):
+                arguments = {**common, "ctx": MEMORY_CTX, "quant": quant, "recompute": "block", "who": OURS}
+                found = in_fresh_process(__name__, arguments)
+                name = f"{shape}, LoRA r={RANK}, ctx {MEMORY_CTX}, base {'bf16' if quant == 'none' else quant}"
+                above = (found["peak_mib"] - found["weights_mib"]) / 1024
+                rows.append(Row(f"{name}: peak memory above the weights", above, "GiB"))
+    return rows
+
+
+def _speed(arguments: dict[str, Any]) -> list[Row]:
+    label = f"{SPEED_SHAPE} shape, LoRA r={RANK}, ctx {arguments['ctx']}"
+    missing = [name for name in ("fla", "peft") if find_spec(name) is None]
+    found = {
+        who: in_fresh_process(__name__, {**arguments, "who": who}) for who in (OURS, *([] if missing else [THEIRS]))
+    }
+    ours = found[OURS]["tokens_per_second"]
+    if missing:
+        return [Row(f"{label}, ours", ours, "tokens/s", note=f"baseline not measured: {missing[0]} is not installed")]
+    theirs = found[THEIRS]["tokens_per_second"]
+    rows = [
+        Row(f"{label}, ours", ours, "tokens/s", THEIRS, ours / theirs),
+        Row(f"{label}, {THEIRS}", theirs, "tokens/s"),
+    ]
+    peaks = {who: numbers["peak_mib"] for who, numbers in found.items()}
+    rows.append(Row(f"{label}, ours: peak memory", peaks[OURS], "MiB", THEIRS, peaks[THEIRS] / peaks[OURS]))
+    return rows
+
+
+def as_theirs(model: RWKV7, op: Op) -> RWKV7:
+    """The same model with their op and their LoRA layers (bf16-mixed: adapters in fp32, as ours)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    def backend(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, state, borders = arguments
+        if state is not None or borders is not None:
+            raise ValueError("the baseline runs plain rows only")
+        return op(*tensors)
+
+    BACKENDS["baseline"] = backend
+    select_backend.cache_clear()
+    model.wkv_backend = "baseline"
+    model.requires_grad_(False)
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LINEAR_TARGETS))
+    return inject_adapter_in_model(lora, model)
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids_BT: Tensor) -> float:
+    """One update; the loss, read from the device."""
+    labels_BT = ids_BT[:, 1:].contiguous()
+    rows = torch.arange(labels_BT.numel(), device=ids_BT.device)
+    loss = model(ids_BT[:, :-1], labels_BT, target_rows=rows) / labels_BT.numel()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def build(arguments: dict[str, Any], op: Op | None = None) -> nn.Module:
+    """The model of one candidate, on its device."""
+    precision = Precision.from_name("bf16-mixed")
+    if arguments["who"] == OURS:
+        peft = PeftConfig(rank=RANK, base_quant=arguments["quant"])
+        model = load_model_and_apply_peft(ModelConfig(path=arguments["base"]), peft, precision=precision)
+    else:
+        model = as_theirs(load_model(arguments["base"], precision), op or _installed_fla())
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(precision.trainable)
+    model.gradient_checkpointing = arguments["recompute"]
+    return model.to(arguments["device"])
+
+
+def _installed_fla() -> Op:
+    name, op = load_fla()
+    assert op is not None, name
+    return op
+
+
+def _run(arguments: dict[str, Any]) -> dict[str, float]:
+    model = build(arguments)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(1, VOCAB, (1, arguments["ctx"] + 1), generator=generator).to(arguments["device"])
+    seconds = []
+    for turn in range(arguments["repeats"] + 2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        training_step(model, optimizer, ids_BT)
+        if turn > 1:  # the first compiles, the second has the optimizer's moments for the first time
+            seconds.append(time.perf_counter() - start)
+    return {
+        "tokens_per_second": arguments["ctx"] / median(seconds),
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
+        "weights_mib": weights / 2**20,
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_run(json.loads(sys.argv[1]))) + "\n")

@@ -13,8 +13,6 @@ from rwkv_accel.data.batch import Batch
 from rwkv_accel.guard import UpdateGuard
 from rwkv_accel.heartbeat import beat
 from rwkv_accel.hooks import (
-    Run,
-    StepStats,
     on_batch_end,
     on_batch_start,
     on_checkpoint,
@@ -25,6 +23,7 @@ from rwkv_accel.hooks import (
     on_train_end,
 )
 from rwkv_accel.interrupt import generator_states, set_generator_states
+from rwkv_accel.run import Run, StepStats
 from rwkv_accel.run_setup import set_up
 from rwkv_accel.state import TrainState
 

@@ -35,7 +35,6 @@ from rwkv_accel.errors import UserError
 from rwkv_accel.evaluation import Evaluator, token_lengths
 from rwkv_accel.guard import UpdateGuard
 from rwkv_accel.heartbeat import beat
-from rwkv_accel.hooks import Run, is_sharded
 from rwkv_accel.interrupt import StopRequest
 from rwkv_accel.limits import RunLimits
 from rwkv_accel.model.compiled import check_compiler, compile_blocks
@@ -48,6 +47,7 @@ from rwkv_accel.peft.apply import load_model_and_apply_peft, print_model_param
 from rwkv_accel.peft.plan import make_plan
 from rwkv_accel.profiling import StepProfiler
 from rwkv_accel.progress import set_progress_mode
+from rwkv_accel.run import Run, is_sharded
 from rwkv_accel.run_facts import environment, model_facts
 from rwkv_accel.runtime import (
     build_accelerator,

@@ -19,8 +19,8 @@ from rwkv_accel import guard, loop, optim
 from rwkv_accel.config.load import load_config
 from rwkv_accel.errors import UserError
 from rwkv_accel.guard import NONFINITE
-from rwkv_accel.hooks import StepStats
 from rwkv_accel.model.rwkv7 import RWKV7
+from rwkv_accel.run import StepStats
 from rwkv_accel.runtime import set_environment_defaults, world_size
 
 

@@ -33,7 +33,7 @@ LAYERS = [
         "cluster",
         "report",
     },
-    {"hooks", "run_facts", "run_setup", "loop", "rehearsal"},
+    {"run", "records", "saving", "hooks", "run_facts", "run_setup", "loop", "rehearsal"},
     {
         "train",
         "generate",
@@ -49,7 +49,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # accelerate and deepspeed appear only here (design: the substrate stays at the edge).
-SUBSTRATE = {"runtime", "checkpoint", "evaluation", "hooks", "run_setup", "loop", "train", "doctor"}
+SUBSTRATE = {"runtime", "checkpoint", "evaluation", "run", "hooks", "run_setup", "loop", "train", "doctor"}
 # `python -m rwkv_accel.data` and `.report` are entry points that live in lower folders.
 ENTRY_FILES = {"data/__main__.py", "report/__main__.py"}
 

@@ -48,6 +48,7 @@ def run(work, tmp_path):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
     torch.autograd.set_detect_anomaly(False)
 

@@ -31,8 +31,10 @@ def device():
 
 
 @pytest.fixture(autouse=True)
-def nan_memory():
+def nan_memory(monkeypatch):
     """Uninitialised memory holds NaN, so that a value which is read without having been written shows."""
+    # A run of the trainer within this process may have switched the filling off.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(8).isnan().all()
     yield

@@ -7,8 +7,10 @@ from rwkv_accel.ops.wkv7 import layout
 
 
 @pytest.fixture
-def nan_memory():
+def nan_memory(monkeypatch):
     """Uninitialised memory holds NaN, so that a value which is read without having been written shows."""
+    # A run of the trainer within this process may have switched the filling off.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(8).isnan().all()
     yield

@@ -9,9 +9,10 @@ import signal
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rwkv_accel.config.schema import TrainerConfig
 from rwkv_accel.errors import UserError
@@ -84,6 +85,25 @@ def fail(error: UserError, *, on_any_rank: bool = False) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201
     return EXIT_USER_ERROR
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run a command's main and end the process with its exit code.
+
+    One process of several that has ended in order leaves at once: what it wrote is on disk, and tearing down the
+    interpreter under the threads of gloo aborts now and then ("terminate called without an active exception"), which
+    a launcher takes for a failure.
+    """
+    try:
+        code: Any = main()
+    except SystemExit as stop:
+        code = stop.code
+    if world_size() > 1 and code in (0, EXIT_STOPPED):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def end_with_launcher() -> None:

@@ -14,6 +14,7 @@ from rwkv_accel.runtime import (
     is_main_process,
     launched_strategy,
     process_rank,
+    run_program,
     set_environment_defaults,
     world_size,
 )
@@ -75,4 +76,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from rwkv_accel.errors import UserError
 from rwkv_accel.generation.flags import add_model_flags
 from rwkv_accel.generation.params import STOP_SETS
-from rwkv_accel.runtime import fail, set_environment_defaults
+from rwkv_accel.runtime import fail, run_program, set_environment_defaults
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,4 +64,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rwkv_accel.checkpoint.collective import on_main
 from rwkv_accel.checkpoint.weights import RUN_FILE, run_folder_of
 from rwkv_accel.config.load import load_config
@@ -38,26 +36,22 @@ def run(args: argparse.Namespace) -> list[Result]:
     source = find_source(args.path, base=args.base, adapter=args.adapter)
     config = recipe_for(args, source)
     accelerator = build_accelerator(config.trainer, 1)
-    try:
-        for path in filter(None, (args.json, args.details)):
-            on_main(accelerator, lambda path=path: _check_folder(Path(path)))  # type: ignore[misc]
-        evaluator = build_evaluator(config, accelerator)
-        model, _ = load_generator_model(
-            source,
-            precision=args.precision,
-            device=str(accelerator.device),
-            tokenizer=config.data.tokenizer,
-            quant=args.quant,
-            time_state=args.time_state,
-        )
-        found = evaluator.run(accelerator, model)
-        results: list[Result] = [*found.losses, *found.tasks]
-        if accelerator.is_main_process:
-            report(args, source, results, accelerator.num_processes)
-        accelerator.wait_for_everyone()
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    for path in filter(None, (args.json, args.details)):
+        on_main(accelerator, lambda path=path: _check_folder(Path(path)))  # type: ignore[misc]
+    evaluator = build_evaluator(config, accelerator)
+    model, _ = load_generator_model(
+        source,
+        precision=args.precision,
+        device=str(accelerator.device),
+        tokenizer=config.data.tokenizer,
+        quant=args.quant,
+        time_state=args.time_state,
+    )
+    found = evaluator.run(accelerator, model)
+    results: list[Result] = [*found.losses, *found.tasks]
+    if accelerator.is_main_process:
+        report(args, source, results, accelerator.num_processes)
+    accelerator.wait_for_everyone()
     return results
 
 

@@ -6,7 +6,9 @@ quadratic in T and easy to beat.
 
 from __future__ import annotations
 
+import time
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -52,10 +54,37 @@ def measure(options: Options) -> list[Row]:
         return (wkv7_tune.tune(options) if options.tune else []) + wkv7_gpu.measure(options)
     rows = []
     for shape in SHAPES:
-        rows += _compare(inputs(shape, options.device), None, "B={} T={} H={} N={}".format(*shape), options)
+        found = _compare(inputs(shape, options.device), None, "B={} T={} H={} N={}".format(*shape), options)
+        chunked = next(row.value for row in found if row.name.startswith("chunked, "))
+        rows += [*found, _against_fla(shape, chunked)]
     borders = torch.tensor([0, *DOCUMENTS]).cumsum(0)
     packed = inputs((1, sum(DOCUMENTS), *SHAPES[1][2:]), options.device)
     return rows + _compare(packed, borders, f"{len(DOCUMENTS)} packed documents, T={sum(DOCUMENTS)}", options)
+
+
+def fla_naive(tensors: list[Tensor]) -> list[Tensor]:
+    """`run` with flash-linear-attention's recurrence, the only form of theirs that runs on a CPU."""
+    from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
+
+    # Theirs is [B,H,T,N], scales r by N^-0.5, takes the log decay last, and its state is [key, value].
+    r, w_log, k, v, a, b = (x.transpose(1, 2) for x in tensors)
+    out, state = dplr_recurrence(r * r.shape[-1] ** 0.5, k, v, a, b, w_log)
+    out, state = out.transpose(1, 2), state.transpose(-1, -2)
+    grads = torch.autograd.grad(out.square().sum() + state.square().sum(), tensors)
+    return [out.detach(), state.detach(), *grads]
+
+
+def _against_fla(shape: tuple[int, ...], ours: float) -> Row:
+    """Run once: it takes minutes for long rows. `ours`: milliseconds of the chunked op."""
+    label = "chunked, B={} T={} H={} N={}".format(*shape)
+    if find_spec("fla") is None:
+        return Row(label, ours, "ms", note="baseline not measured: pip install flash-linear-attention")
+    tensors = inputs(shape, "cpu")
+    start = time.perf_counter()
+    found = fla_naive(tensors)
+    seconds = time.perf_counter() - start
+    check_parity(f"FLA's naive recurrence, {label}", found, run(tensors, "chunked"), TOLERANCE)
+    return Row(label, ours, "ms", "FLA's naive recurrence, once", 1e3 * seconds / ours)
 
 
 def _compare(tensors: list[Tensor], cu_seqlens: Tensor | None, label: str, options: Options) -> list[Row]:

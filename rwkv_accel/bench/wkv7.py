@@ -79,6 +79,7 @@ def _against_fla(shape: tuple[int, ...], ours: float) -> Row:
     label = "chunked, B={} T={} H={} N={}".format(*shape)
     if find_spec("fla") is None:
         return Row(label, ours, "ms", note="baseline not measured: pip install flash-linear-attention")
+    fla_naive(inputs((1, 2, 1, shape[-1]), "cpu"))  # its import is not part of the time
     tensors = inputs(shape, "cpu")
     start = time.perf_counter()
     found = fla_naive(tensors)

@@ -112,6 +112,9 @@ class ChaosRun:
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Path]:
         self.num_starts += 1
+        # A background job of a script ignores SIGINT, and so would everything that is started from it.
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         board = self.folder / f"board-{self.num_starts}"
         board.write_bytes(bytes(16))
         env = environment(CHAOS_BOARD=str(board))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.optim import Optimizer
 
-from rwkv_accel.checkpoint import save_checkpoint
+from rwkv_accel.checkpoint import CheckpointWriteError, save_checkpoint
 from rwkv_accel.checkpoint.format import INTERRUPTED
 from rwkv_accel.checkpoint.weights import BEST_DIR
 from rwkv_accel.config.schema import OptimConfig
@@ -30,7 +30,15 @@ from rwkv_accel.peft.apply import adapter_buffers
 from rwkv_accel.records import log_pending, read_pending
 from rwkv_accel.run import Run, StepStats, is_sharded
 from rwkv_accel.runtime import EXIT_STOPPED, requeue_file, started_file, unwrap
-from rwkv_accel.saving import finish_uploads, report, save, save_latest
+from rwkv_accel.saving import (
+    finish_uploads,
+    last_failure,
+    report,
+    save,
+    save_latest,
+    tell_failures,
+    where_a_start_continues,
+)
 from rwkv_accel.schedules import lr_at, wd_at
 from rwkv_accel.state import TrainState
 
@@ -119,17 +127,25 @@ def on_epoch_end(state: TrainState, run: Run) -> None:
 
 
 def on_interrupt(state: TrainState, run: Run) -> NoReturn:
-    """Collective. Save everything under the name INTERRUPTED, tell the launcher, and leave."""
+    """Collective. Save everything under the name INTERRUPTED, tell the launcher, and leave.
+
+    Raises:
+        CheckpointWriteError: on every rank: the disk refused. A launcher must not start the run again before it is
+            mended, so it is told nothing.
+    """
     run.profiler.close()
     on_checkpoint(state, run, INTERRUPTED)
-    run.writer.finish(run.accelerator)
+    failure = last_failure(run)
+    why = f"stopped by {run.stop.reason or 'another process'} after step {state.step}"
     marker = requeue_file()
-    if run.accelerator.is_main_process and marker is not None:
-        marker.write_text(f"{state.step}\n", encoding="utf-8")
-    why = run.stop.reason or "another process"
-    run.log.message(f"stopped by {why} after step {state.step}, saved; start the same command again to continue")
+    if failure is None:
+        if run.accelerator.is_main_process and marker is not None:
+            marker.write_text(f"{state.step}\n", encoding="utf-8")
+        run.log.message(f"{why}, saved; start the same command again to continue")
     finish_uploads(run)
     run.close()
+    if failure is not None:
+        raise CheckpointWriteError(f"{why}, but {failure}; {where_a_start_continues(run)}")
     raise SystemExit(EXIT_STOPPED)
 
 
@@ -156,8 +172,8 @@ def on_checkpoint(state: TrainState, run: Run, name: str | None = None) -> None:
             },
             extra_tensors=adapter_buffers(model),
         )
-    for failure in run.writer.take_failures():
-        run.log.message(f"{failure}; the training goes on")
+    if name is None:
+        tell_failures(run)
     run.checkpoint_step = state.step
     run.cadence.restart()
 
@@ -173,7 +189,7 @@ def on_train_end(state: TrainState, run: Run) -> None:
         failure = save_latest(state, run, f"step-{state.step:08d}")
     if run.checkpoint_step != state.step:
         on_checkpoint(state, run)
-    run.writer.finish(run.accelerator)
+    failure = last_failure(run) or failure
     if summary := run.loader.summary(state.rows_consumed):
         run.log.message(summary)
     run.stop.release()

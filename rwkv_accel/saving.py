@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rwkv_accel.checkpoint import CheckpointWriteError
+from rwkv_accel.checkpoint.format import list_complete
 from rwkv_accel.checkpoint.weights import WEIGHTS_DIR, save_weights
 from rwkv_accel.errors import UserError, WriteError
 from rwkv_accel.heartbeat import beat
@@ -20,6 +22,34 @@ def report(run: Run) -> None:
         run.log.message(f"report: {write_report([out_dir], out_dir / REPORT_FILE)}")
     except UserError as error:
         run.log.message(f"report: {error}")
+
+
+def tell_failures(run: Run) -> None:
+    """Say which checkpoints are not on disk, and why."""
+    for failure in run.writer.take_failures():
+        run.log.message(f"{failure}; the training goes on")
+
+
+def last_failure(run: Run) -> CheckpointWriteError | None:
+    """Collective. Wait for the checkpoint in flight; why it is not on disk, on every rank. Earlier ones are told."""
+    try:
+        run.writer.finish(run.accelerator)
+        failure = None
+    except CheckpointWriteError as error:
+        failure = error
+    for earlier in run.writer.take_failures():
+        if str(earlier) != str(failure):
+            run.log.message(str(earlier))
+    return failure
+
+
+def where_a_start_continues(run: Run) -> str:
+    """What the same command, started again, does with what is on disk."""
+    complete = list_complete(run.writer.checkpoints)
+    if not complete:
+        return "no checkpoint is there yet, and the same command starts from the beginning"
+    folder, manifest = complete[-1]
+    return f"the same command continues from {folder.name}, after step {manifest.step}"
 
 
 def finish_uploads(run: Run) -> None:

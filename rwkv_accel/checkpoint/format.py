@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -124,11 +125,18 @@ def write_folder(
         give_final_name(tmp, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise CheckpointWriteError(
-            f"checkpoint {final} could not be written: {reason}; free some space or mend the folder's "
+            f"checkpoint {final} could not be written: {_reason(error)}; free some space or mend the folder's "
             "permissions (checkpoints written before are intact)"
         ) from error
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    """What the operating system said; safetensors wraps it into words of its own."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    wrapped = re.search(r"([^:]+) \(os error \d+\)", str(error))
+    return wrapped[1].strip() if wrapped else str(error)
 
 
 def validate(folder: Path, *, deep: bool) -> Manifest:

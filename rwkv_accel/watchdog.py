@@ -74,7 +74,7 @@ class Watchdog:
             if pulse.beats != beats:
                 progress_at, beats, reported, self._seen = pulse.at, pulse.beats, False, {}
             elif time.monotonic() - progress_at > timeout / 2 and self._others_go_on():
-                progress_at = time.monotonic()
+                progress_at, reported = time.monotonic(), False
             elif time.monotonic() - progress_at > timeout and not reported:
                 reported = True
                 self._report(time.monotonic() - progress_at, pause)

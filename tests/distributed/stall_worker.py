@@ -44,5 +44,7 @@ def wait_in_vain(out_dir):
 
 
 def is_reported(path):
+    """Whether the last report is of this halt: a slow machine may have looked stalled before, each time anew."""
     text = path.read_text() if path.exists() else ""
-    return "step 3" in text and text.endswith("end of the report\n\n")
+    last = text.split("stall:")[-1]
+    return "rank 1 is behind" in last and "forward pass, step 3" in last and last.endswith("end of the report\n\n")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rwkv_accel.cluster.watch import PeerWatch
 
 JOIN_SECONDS = 120.0
+# The doctor has promised an answer within a minute.
+DOCTOR_JOIN_SECONDS = 45.0
 LOST_SECONDS = 120.0
 # How long a launcher whose trainers were killed may take to notice it.
 EXIT_GRACE_SECONDS = 60.0
@@ -54,8 +56,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser.add_argument(
         "--join_seconds",
         type=float,
-        default=JOIN_SECONDS,
-        help="give up when a node has not joined by then (default: %(default)s)",
+        default=None,
+        help=f"give up when a node has not joined by then (default: {JOIN_SECONDS:.0f}, the doctor's "
+        f"{DOCTOR_JOIN_SECONDS:.0f})",
     )
     parser.add_argument(
         "--lost_seconds",
@@ -95,6 +98,9 @@ class Session:
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         args = launch_command_parser().parse_args(arguments)
         self._check_recipe(args)
+        if self.own.join_seconds is None:
+            is_doctor = args.training_script == "rwkv_accel.doctor"
+            self.own.join_seconds = DOCTOR_JOIN_SECONDS if is_doctor else JOIN_SECONDS
         with _patched_torchrun(self._torchrun):
             try:
                 launch_command(args)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -90,34 +91,54 @@ def read_recipe(arguments: Sequence[str]) -> RunConfig | None:
 
 def missing_paths(config: RunConfig) -> list[str]:
     """Local files that the recipe reads and this machine does not have."""
-    data = [config.data.path] if isinstance(config.data.path, str) else list(config.data.path)
-    paths = [p for p in (*data, config.model.path, config.peft.load_path) if p and "://" not in p]
-    return [p for p in paths if not Path(p).exists()]
+    from rwkv_accel.data.sources import missing_files
+
+    data, evaluation = config.data, config.eval
+    sets = (data.path, evaluation.path, evaluation.choices_path, evaluation.answers_path)
+    missing = [file for paths in sets if paths for path in _listed(paths) for file in missing_files(path)]
+    single = [config.model.path, config.peft.load_path]
+    single += [data.tokenizer] if data.tokenizer not in ("world", "byte") else []
+    single += [data.template] if data.template not in ("rwkv", "raw") else []
+    return missing + [path for path in single if path and "://" not in path and not Path(path).exists()]
+
+
+def _listed(paths: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (paths,) if isinstance(paths, str) else paths
 
 
 def compare(nodes: Sequence[NodeFacts]) -> list[str]:
-    """One line per difference to the first node and per missing file, each naming the node."""
-    first, problems = nodes[0], []
-    for facts in nodes:
+    """One line per missing file and per difference to what most nodes have, each naming the node."""
+    problems = [
+        f"{facts.name} does not have {path}, which the recipe names; mount or copy it there"
+        for facts in nodes
+        for path in facts.missing
+    ]
+    for name in nodes[0].versions:
+        found = [facts.versions.get(name, NOT_INSTALLED) for facts in nodes]
         problems += [
-            f"{facts.name} does not have {path}, which the recipe names; mount or copy it there"
-            for path in facts.missing
+            f"{nodes[odd].name} has {name} {found[odd]}, {nodes[usual].name} has {found[usual]}; use one environment"
+            for odd, usual in _odd_ones(found)
         ]
-    for facts in nodes[1:]:
-        for name, value in first.versions.items():
-            other = facts.versions.get(name, NOT_INSTALLED)
-            if other != value:
-                problems.append(f"{facts.name} has {name} {other}, {first.name} has {value}; use one environment")
-        if facts.code != first.code:
-            problems.append(f"{facts.name} runs other rwkv_accel code than {first.name}; update it there")
-        if facts.recipe != first.recipe:
-            problems.append(f"{facts.name} runs another recipe than {first.name}; give all nodes the same command")
-        if facts.num_gpus != first.num_gpus:
-            problems.append(
-                f"{facts.name} has {facts.num_gpus} GPUs, {first.name} has {first.num_gpus}; "
-                "check the driver there, or leave the node out"
-            )
+    problems += [
+        f"{nodes[odd].name} runs other rwkv_accel code than {nodes[usual].name}; update it there"
+        for odd, usual in _odd_ones([facts.code for facts in nodes])
+    ]
+    problems += [
+        f"{nodes[odd].name} runs another recipe than {nodes[usual].name}; give all nodes the same command"
+        for odd, usual in _odd_ones([facts.recipe for facts in nodes])
+    ]
+    problems += [
+        f"{nodes[odd].name} has {nodes[odd].num_gpus} GPUs, {nodes[usual].name} has {nodes[usual].num_gpus}; "
+        "check the driver there, or leave the node out"
+        for odd, usual in _odd_ones([facts.num_gpus for facts in nodes])
+    ]
     return problems
+
+
+def _odd_ones(values: Sequence[object]) -> list[tuple[int, int]]:
+    """(index, index of one of the majority) for each value outside it. Of equally many, the first one's are right."""
+    ((most, _),) = Counter(values).most_common(1)
+    return [(index, values.index(most)) for index, value in enumerate(values) if value != most]
 
 
 def _version(name: str) -> str:

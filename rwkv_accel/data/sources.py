@@ -75,6 +75,17 @@ def find_sources(data: DataConfig) -> list[Source]:
     return [_find(path) for path in paths]
 
 
+def missing_files(path: str) -> list[str]:
+    """Files of one data path that this machine does not have; none for a hub name or a URL."""
+    if path.startswith(HUB_PREFIX) or "://" in path:
+        return []
+    local = Path(path)
+    stem = local.with_suffix("") if local.suffix in BINIDX_KINDS else local
+    pair = [stem.with_name(stem.name + suffix) for suffix in BINIDX_KINDS]
+    is_pair = local.suffix in BINIDX_KINDS or (not local.exists() and pair[0].is_file())
+    return [str(file) for file in (pair if is_pair else [local]) if not file.exists()]
+
+
 def read_records(source: Source, data: DataConfig) -> Iterator[Record]:
     """Records of one source, in its order; memory is that of one line, or of the file for .txt."""
     if source.kind == ".jsonl":

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from rwkv_accel.cluster.facts import read_recipe
 from rwkv_accel.doctor.report import print_checks
 from rwkv_accel.errors import UserError
-from rwkv_accel.runtime import fail, is_main_process, set_environment_defaults, world_size
+from rwkv_accel.runtime import fail, set_environment_defaults, world_size
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -37,14 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_recipe(args.recipe)
     except UserError as error:
         return fail(error)
-    from rwkv_accel.doctor.machine import examine_machine
-
     if world_size() == 1:
+        from rwkv_accel.doctor.machine import examine_machine
+
         return print_checks(examine_machine(config))
     from rwkv_accel.doctor.group import examine_group
 
-    checks = examine_machine(config) if is_main_process() else []
-    return examine_group(config, checks)
+    return examine_group(config)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ import statistics
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from rwkv_accel.cluster.facts import NodeFacts, compare, gather_facts
 from rwkv_accel.cluster.network import resolve, route_to
 from rwkv_accel.config.schema import RunConfig
-from rwkv_accel.doctor.machine import device_name
+from rwkv_accel.doctor.machine import device_name, examine_machine
 from rwkv_accel.doctor.report import Check, print_checks, table
 
 ANSWER_SECONDS = 15.0
@@ -36,6 +37,8 @@ STEP_SECONDS = 12.0
 """How long a collective may take, and how long all sizes of a measurement together."""
 LIMIT_SECONDS = 55.0
 """After this the doctor ends, whatever hangs."""
+RESERVE_SECONDS = 5.0
+"""Kept for the report."""
 MAX_CLOCK_SKEW_SECONDS = 1.0
 SLOW_SHARE = 0.25
 """A node with less than this share of the median bandwidth is called slow."""
@@ -70,6 +73,7 @@ class Group:
         rendezvous = dist.rendezvous("env://", timeout=timedelta(seconds=ANSWER_SECONDS))
         self.store, self.rank, self.size = next(rendezvous)
         self.members: list[Member] = []
+        self.checks: list[Check] = []
         self.step = "start"
 
     @contextmanager
@@ -82,7 +86,7 @@ class Group:
         try:
             yield
         except (RuntimeError, OSError) as error:
-            self.store.set(f"doctor/problem/{self.rank}", f"{step}: {str(error).splitlines()[0]}")
+            self.store.set(f"doctor/problem/{self.rank}", f"{step}: {_line(error)}")
             raise StepFailed(self.blame(step, error)) from None
         self.store.set(f"doctor/done/{step}/{self.rank}", "1")
 
@@ -96,45 +100,107 @@ class Group:
                 late.append(member)
         if late:
             return f"{step}: {', '.join(m.name for m in late)} does not answer (stopped, hanging or cut off)"
-        text = str(error).splitlines()[0] if error else "no answer"
+        text = _line(error) if error else "no answer"
         named = ", ".join(m.name for m in failed) or "every rank"
         return f"{step}: failed on {named}: {text}"
 
 
-def examine_group(config: RunConfig | None, checks: list[Check]) -> int:
+def examine_group(config: RunConfig | None) -> int:
     """All checks of a launch. Collective; rank 0 prints and every rank returns the exit code."""
-    group = Group()
+    started = time.monotonic()
+    try:
+        group = Group()
+    except (RuntimeError, OSError) as error:
+        return print_checks([Check("network", "FAIL", f"{socket.gethostname()} does not reach rank 0: {_line(error)}")])
     watchdog = threading.Timer(LIMIT_SECONDS, lambda: _give_up(group))
     watchdog.daemon = True
     watchdog.start()
-    checks = list(checks)
     try:
-        introduce(group, config)
-        if group.rank == 0:
-            sys.stdout.write(member_table(group.members))
-            checks += [Check("nodes", "FAIL", line) for line in differences(group.members)]
-        with group.taking("process group"):
-            dist.init_process_group(
-                "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo",
-                store=dist.PrefixStore("doctor", group.store),
-                rank=group.rank,
-                world_size=group.size,
-                timeout=timedelta(seconds=STEP_SECONDS),
-            )
-        with group.taking("clocks"):
-            checks += clock_checks(group)
-        with group.taking("out_dir"):
-            checks += shared_folder_checks(group, Path(config.out_dir) if config else None)
-        with group.taking("links"):
-            checks += link_checks(group)
-        with group.taking("all-reduce"):
-            checks += all_reduce_checks()
-        dist.destroy_process_group()
-    except StepFailed as failure:
-        checks.append(Check("network", "FAIL", str(failure)))
-    code = _conclude(group, checks)
-    watchdog.cancel()
-    return code
+        try:
+            _network_checks(group, config)
+        except StepFailed as failure:
+            group.checks.append(Check("network", "FAIL", str(failure)))
+        left = LIMIT_SECONDS - RESERVE_SECONDS - (time.monotonic() - started)
+        group.checks[:0] = machine_checks(group, config, left)
+        return _conclude(group)
+    except RuntimeError as error:  # the launcher's store is gone, with rank 0's host
+        sys.stderr.write(f"rank {group.rank} on {socket.gethostname()}: rank 0 does not answer ({_line(error)})\n")
+        return 1
+    finally:
+        watchdog.cancel()
+
+
+def _network_checks(group: Group, config: RunConfig | None) -> None:
+    introduce(group, config)
+    if group.rank == 0:
+        sys.stdout.write(member_table(group.members))
+        sys.stdout.flush()
+        group.checks += [Check("nodes", "FAIL", line) for line in differences(group.members)]
+    device = "cuda" if have_own_gpus(group.members) else "cpu"
+    with group.taking("process group"):
+        dist.init_process_group(
+            "cuda:nccl,cpu:gloo" if device == "cuda" else "gloo",
+            store=dist.PrefixStore("doctor", group.store),
+            rank=group.rank,
+            world_size=group.size,
+            timeout=timedelta(seconds=STEP_SECONDS),
+        )
+    with group.taking("clocks"):
+        group.checks += clock_checks(group)
+    with group.taking("out_dir"):
+        group.checks += shared_folder_checks(group, Path(config.out_dir) if config else None)
+    with group.taking("links"):
+        group.checks += link_checks(group)
+    with group.taking("all-reduce"):
+        group.checks += all_reduce_checks(device)
+    dist.destroy_process_group()
+
+
+def machine_checks(group: Group, config: RunConfig | None, seconds: float) -> list[Check]:
+    """One rank of each host looks at its machine; rank 0 reports its own in full, and what is wrong with the others.
+
+    After the network, so that compiling kernels neither keeps others waiting nor disturbs what is measured.
+    """
+    group.step = "machine"
+    leaders = host_leaders(group.members)
+    if group.rank not in leaders.values():
+        return []
+    deadline = time.monotonic() + seconds
+    own = examine_machine(config, max(1.0, seconds - RESERVE_SECONDS))
+    if group.rank != 0:
+        group.store.set(f"doctor/machine/{group.rank}", json.dumps([asdict(check) for check in own]))
+        return []
+    fit = []
+    for host, rank in leaders.items():
+        if rank == 0:
+            continue
+        while not group.store.check([f"doctor/machine/{rank}"]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not group.store.check([f"doctor/machine/{rank}"]):
+            own.append(Check("machine", "FAIL", f"{host} does not answer (stopped, hanging or cut off)"))
+            continue
+        found = [Check(**tree) for tree in json.loads(group.store.get(f"doctor/machine/{rank}"))]
+        # The tracker concerns rank 0 alone, and missing files were named with the differences.
+        wrong = [c for c in found if c.status in ("WARN", "FAIL") and c.name not in ("trackers", "recipe")]
+        own += [Check(c.name, c.status, f"{host}: {c.text}") for c in wrong]
+        fit += [] if wrong else [host]
+    if fit:
+        own.append(Check("machine", "ok", f"nothing wrong with {', '.join(fit)}"))
+    return own
+
+
+def host_leaders(members: list[Member]) -> dict[str, int]:
+    """Host -> its first rank, which speaks for it."""
+    leaders: dict[str, int] = {}
+    for member in members:
+        leaders.setdefault(member.facts.hostname, member.rank)
+    return leaders
+
+
+def have_own_gpus(members: list[Member]) -> bool:
+    """Whether every process has a GPU to itself: on one rank without, the others' NCCL would wait in vain."""
+    processes = Counter(m.facts.hostname for m in members)
+    return all(m.facts.num_gpus >= processes[m.facts.hostname] for m in members)
 
 
 def introduce(group: Group, config: RunConfig | None) -> None:
@@ -142,7 +208,7 @@ def introduce(group: Group, config: RunConfig | None) -> None:
     main_address = resolve(getattr(group.store, "underlying_store", group.store).host)
     local_index = local_rank(group)
     interface, address = route_to(main_address)
-    if torch.cuda.is_available():
+    if local_index < torch.cuda.device_count():
         torch.cuda.set_device(local_index)
     # The number of a node is that of its first process here: what matters is that every host has its own.
     facts = gather_facts(group.rank, config)
@@ -181,10 +247,19 @@ def member_table(members: list[Member]) -> str:
 
 def differences(members: list[Member]) -> list[str]:
     """What is not equal on all hosts; one rank of each host speaks for it."""
-    leaders = {m.facts.hostname: m.facts for m in reversed(members)}
-    lines = compare(sorted(leaders.values(), key=lambda facts: facts.node))
+    leaders = host_leaders(members)
     # Ranks, not nodes, are what a launch without our launcher knows.
-    return [line.replace("node ", "rank ") for line in lines]
+    lines = [
+        line.replace("node ", "rank ") for line in compare([m.facts for m in members if m.rank in leaders.values()])
+    ]
+    for host, processes in Counter(m.facts.hostname for m in members).items():
+        gpus = next(m.facts.num_gpus for m in members if m.facts.hostname == host)
+        if 0 < gpus < processes:
+            lines.append(
+                f"{host} has {gpus} GPUs for {processes} processes; give --num_processes {gpus} per node, or ask the "
+                f"scheduler for {processes} GPUs there"
+            )
+    return lines
 
 
 def clock_checks(group: Group) -> list[Check]:
@@ -242,8 +317,7 @@ def _sees(probe: Path, token: str, seconds: float = 5.0) -> bool:
 
 def link_checks(group: Group) -> list[Check]:
     """Round trip and bandwidth between rank 0 and one rank of every other host, one after the other."""
-    leaders = {m.facts.hostname: m.rank for m in reversed(group.members)}
-    others = sorted(rank for rank in leaders.values() if rank != 0)
+    others = sorted(rank for rank in host_leaders(group.members).values() if rank != 0)
     speeds, deadline = {}, time.monotonic() + STEP_SECONDS
     for rank in others:
         late = torch.tensor(int(time.monotonic() > deadline))
@@ -279,9 +353,8 @@ def _link(peer: int, *, first: bool) -> tuple[float, float]:
     return latency, PAIR_BYTES / seconds
 
 
-def all_reduce_checks() -> list[Check]:
+def all_reduce_checks(device: str) -> list[Check]:
     """Time of an all-reduce by size, on the device that trains; sizes until the time is used up."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     world, rows = dist.get_world_size(), []
     deadline = time.monotonic() + STEP_SECONDS
     for size in SIZES_BYTES:
@@ -314,21 +387,21 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-def _conclude(group: Group, checks: list[Check]) -> int:
+def _conclude(group: Group) -> int:
     """Rank 0 prints and hands its exit code to the others; the launcher's store outlives the process group."""
     if group.rank == 0:
-        code = print_checks(checks)
+        code = print_checks(group.checks)
         group.store.set("doctor/code", str(code))
         return code
-    try:
-        return int(group.store.get("doctor/code"))
-    except RuntimeError:
-        sys.stderr.write(f"rank {group.rank} on {socket.gethostname()}: rank 0 does not answer\n")
-        return 1
+    group.store.wait(["doctor/code"], timedelta(seconds=LIMIT_SECONDS))
+    return int(group.store.get("doctor/code"))
 
 
 def _give_up(group: Group) -> None:
     text = f"{group.step}: no end after {LIMIT_SECONDS:.0f} s on rank {group.rank} on {socket.gethostname()}"
-    sys.stdout.write(f"FAIL  network  {text}\n")
-    sys.stdout.flush()
+    print_checks([*group.checks, Check("network", "FAIL", text)])
     os._exit(1)
+
+
+def _line(error: Exception) -> str:
+    return [*str(error).splitlines(), type(error).__name__][0]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,23 +24,63 @@ GIB = 2**30
 NEEDED_PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "datasets", "safetensors")
 LOW_DISK_GIB = 10
 LOW_SHM_GIB = 1
+MACHINE_SECONDS = 45.0
+# What to look at when a check hangs.
+HANGS = {
+    "devices": "the GPU driver hangs: try nvidia-smi, and restart the machine",
+    "kernels": "a kernel compiles or hangs: run the doctor again (what is compiled is kept), and look at `builds`",
+    "disk": "the file system of out_dir hangs: try `ls` there",
+    "recipe": "a file system of the recipe's files hangs: try `ls` there",
+    "builds": "the file system of the home folder hangs: set TORCH_EXTENSIONS_DIR to a local one",
+    "trackers": "the tracker's server hangs: set tracking.wandb_mode=offline",
+}
 # Largest relative difference between two fp32 implementations of the recurrence.
 KERNEL_TOLERANCE = 1e-3
 
 
-def examine_machine(config: RunConfig | None) -> list[Check]:
-    """All checks of this machine; a few seconds."""
-    return [
-        *check_packages(),
-        *check_devices(),
-        *check_dtypes(main_device()),
-        *check_kernels(main_device()),
-        *check_memory(),
-        *check_disk(Path(config.out_dir) if config else Path(".")),
-        *check_build_locks(extensions_folder()),
-        *check_tracking(config),
-        *check_recipe_files(config),
-    ]
+def examine_machine(config: RunConfig | None, seconds: float = MACHINE_SECONDS) -> list[Check]:
+    """All checks of this machine; a few seconds, and `seconds` where something hangs (a dead file system, a driver)."""
+    steps: dict[str, Callable[[], list[Check]]] = {
+        "packages": check_packages,
+        "devices": check_devices,
+        "dtypes": lambda: check_dtypes(main_device()),
+        "memory": check_memory,
+        "disk": lambda: check_disk(Path(config.out_dir) if config else Path(".")),
+        "builds": lambda: check_build_locks(build_folders()),
+        "trackers": lambda: check_tracking(config),
+        "recipe": lambda: check_recipe_files(config),
+        "kernels": lambda: check_kernels(main_device()),
+    }
+    deadline = time.monotonic() + seconds
+    checks = []
+    for position, (name, step) in enumerate(steps.items()):
+        # What hangs early leaves the others their share.
+        checks += _within((deadline - time.monotonic()) / min(2, len(steps) - position), name, step)
+    return checks
+
+
+def _within(seconds: float, name: str, step: Callable[[], list[Check]]) -> list[Check]:
+    """What the step finds, or that it did not end in time: its thread is left behind."""
+    found: list[Check] = []
+
+    def run() -> None:
+        try:
+            found.extend(step())
+        except Exception as error:  # noqa: BLE001 - one broken check must not hide the others
+            found.append(
+                Check(
+                    name, "FAIL", f"cannot be checked: {' '.join([type(error).__name__, *str(error).splitlines()[:1]])}"
+                )
+            )
+
+    thread = threading.Thread(target=run, name=f"doctor-{name}", daemon=True)
+    started = time.monotonic()
+    thread.start()
+    thread.join(max(1.0, seconds))
+    if thread.is_alive():
+        waited = f"no answer within {time.monotonic() - started:.0f} s"
+        return [Check(name, "FAIL", f"{waited}; {HANGS.get(name, 'look at this machine')}")]
+    return found
 
 
 def main_device() -> torch.device:
@@ -47,8 +89,10 @@ def main_device() -> torch.device:
 
 def device_name(index: int) -> str:
     """The device that the process with this local rank uses."""
-    if torch.cuda.is_available():
+    if index < torch.cuda.device_count():
         return f"cuda:{index} {torch.cuda.get_device_name(index)}"
+    if torch.cuda.is_available():
+        return "none left"
     return f"cpu ({os.cpu_count()} cores)"
 
 
@@ -147,25 +191,33 @@ def check_disk(folder: Path) -> list[Check]:
     return [Check("disk", "WARN" if low else "ok", f"{folder} has {free:.1f} GiB free" + remedy * low)]
 
 
-def extensions_folder() -> Path:
-    """Where compiled extensions of torch and DeepSpeed are cached."""
-    from torch.utils.cpp_extension import _get_build_directory
+def build_folders() -> list[Path]:
+    """Where compiled extensions of torch and DeepSpeed are cached: the trainer's own folder, and torch's default."""
+    from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
 
     probe = Path(_get_build_directory("rwkv_accel_doctor", verbose=False))
     probe.rmdir()
-    return probe.parent
+    return [probe.parent, Path(get_default_build_root())]
 
 
-def check_build_locks(folder: Path) -> list[Check]:
+def check_build_locks(folders: Sequence[Path]) -> list[Check]:
     """Locks that a killed build left behind; whoever builds next waits for them for ever."""
     now = time.time()
-    locks = [(path, now - path.stat().st_mtime) for path in sorted(folder.glob("*/lock"))]
-    checks = [
-        Check("builds", "WARN", f"stale lock {path} ({age / 60:.0f} min old): no build lasts so long; delete it")
-        for path, age in locks
-        if age > STALE_LOCK_SECONDS
-    ]
-    return checks or [Check("builds", "ok", f"no stale build lock in {folder}")]
+    # torch's own folder has one level more, by versions of python and CUDA.
+    locks = sorted({lock for folder in folders for lock in (*folder.glob("*/lock"), *folder.glob("*/*/lock"))})
+    checks = []
+    for path in locks:
+        try:
+            age = now - path.stat().st_mtime
+        except FileNotFoundError:  # a build that has just ended
+            continue
+        if age > STALE_LOCK_SECONDS:
+            text = f"stale lock {path} ({age / 60:.0f} min old): no build lasts so long; delete it"
+            checks.append(Check("builds", "WARN", text))
+        else:
+            text = f"lock {path} ({age:.0f} s old): something is being built; if nothing is, it was killed: delete it"
+            checks.append(Check("builds", "note", text))
+    return checks or [Check("builds", "ok", f"no stale build lock in {', '.join(map(str, folders))}")]
 
 
 def check_tracking(config: RunConfig | None) -> list[Check]:

@@ -6,7 +6,8 @@ import time
 from dataclasses import replace
 
 from rwkv_accel.doctor import __main__ as doctor
-from rwkv_accel.doctor import group
+from rwkv_accel.doctor import group, machine
+from rwkv_accel.doctor.report import Check
 
 FAULTY = os.environ["RANK"] == "1"
 
@@ -19,6 +20,11 @@ def silent():
         sys.exit(0)
 
 
+def impatient():
+    """Waits less for rank 0 than the doctor does."""
+    group.ANSWER_SECONDS = 4.0
+
+
 def hangs():
     """Introduces itself and then stops in the middle of the collectives."""
     group.STEP_SECONDS = 4.0
@@ -27,12 +33,20 @@ def hangs():
 
 
 def differs():
-    """Another host with another version of the package, a clock five seconds fast, and another out_dir."""
+    """Another host with other code, recipe and files, a clock five seconds fast, another out_dir and a full disk."""
     honest_facts, honest_time = group.gather_facts, time.time
     if FAULTY:
-        group.gather_facts = lambda *a: replace(honest_facts(*a), code="0" * 64, hostname="elsewhere")
+        strange = {"code": "0" * 64, "recipe": "1" * 64, "missing": ("its.jsonl",), "hostname": "elsewhere"}
+        group.gather_facts = lambda *a: replace(honest_facts(*a), **strange)
         group.time.time = lambda: honest_time() + 5
         group._sees = lambda *_: False
+        machine.check_disk = lambda folder: [Check("disk", "FAIL", f"{folder} is full")]
+
+
+def shares_a_gpu():
+    """One GPU for the two processes of this host."""
+    honest_facts = group.gather_facts
+    group.gather_facts = lambda *a: replace(honest_facts(*a), num_gpus=1)
 
 
 globals()[sys.argv[1]]()

@@ -2,8 +2,10 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -47,17 +49,50 @@ def test_missing_data_and_wrong_recipe_exit_with_a_reason(capsys):
     assert "unknown key optim.lr; here it is optim.lr_init" in capsys.readouterr().err
 
 
-def test_stale_build_lock_is_found_and_a_fresh_one_is_not(tmp_path):
-    for name, age in (("old_op", 3600), ("new_op", 5)):
-        (tmp_path / name).mkdir()
+def test_stale_build_lock_is_told_from_a_fresh_one(tmp_path):
+    # As in the trainer's folder, and as in torch's own with its level of versions.
+    for name, age in (("ours/old_op", 3600), ("ours/new_op", 5), ("torch/py311_cpu/cpu_adam", 1200)):
+        (tmp_path / name).mkdir(parents=True)
         lock = tmp_path / name / "lock"
         lock.touch()
         os.utime(lock, (time.time() - age, time.time() - age))
-    (check,) = machine.check_build_locks(tmp_path)
-    assert check.status == "WARN"
-    assert "old_op/lock (60 min old)" in check.text
-    (tmp_path / "old_op/lock").unlink()
-    assert machine.check_build_locks(tmp_path)[0].status == "ok"
+    folders = [tmp_path / "ours", tmp_path / "torch"]
+    new, old, other = machine.check_build_locks(folders)
+    assert (new.status, old.status, other.status) == ("note", "WARN", "WARN")
+    assert "ours/new_op/lock (" in new.text
+    assert "ours/old_op/lock (60 min old)" in old.text
+    assert "py311_cpu/cpu_adam/lock (20 min old)" in other.text
+    for lock in tmp_path.rglob("lock"):
+        lock.unlink()
+    (check,) = machine.check_build_locks(folders)
+    assert check.status == "ok"
+
+
+def test_folders_of_builds_are_the_trainers_and_torchs(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ours"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ours, torchs = machine.build_folders()
+    assert ours == tmp_path / "ours"
+    assert torchs.name == "torch_extensions"
+    assert list(ours.iterdir()) == []
+
+
+def test_check_that_hangs_or_breaks_is_reported_and_hides_no_other(monkeypatch):
+    forever = threading.Event()
+
+    def breaks():
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr(machine, "check_disk", lambda folder: forever.wait(100) and [])
+    monkeypatch.setattr(machine, "check_memory", breaks)
+    monkeypatch.setattr(machine, "check_kernels", lambda device: [Check("kernels", "ok", "fine")])
+    checks = machine.examine_machine(None, seconds=2)
+    forever.set()
+    found = {check.name: check for check in checks}
+    assert found["disk"].status == "FAIL"
+    assert found["disk"].text.endswith("the file system of out_dir hangs: try `ls` there")
+    assert found["memory"].text == "cannot be checked: OSError stale file handle"
+    assert found["kernels"].text == "fine"
 
 
 def test_wrong_kernel_is_found(monkeypatch):
@@ -115,6 +150,28 @@ def test_rank_that_hangs_in_a_collective_is_named(tmp_path):
 def test_rank_that_differs_is_named(tmp_path):
     code, out = run_with_fault("differs", tmp_path)
     assert re.search(r"FAIL  nodes +rank 1 \(elsewhere\) runs other rwkv_accel code than rank 0", out)
+    assert re.search(r"FAIL  nodes +rank 1 \(elsewhere\) runs another recipe than rank 0", out)
+    assert re.search(r"FAIL  nodes +rank 1 \(elsewhere\) does not have its.jsonl", out)
+    assert re.search(r"FAIL  disk +elsewhere: \S+ is full", out)
     assert re.search(r"WARN  clocks +the clock of rank 1 on elsewhere is off by \+5.0 s", out)
     assert re.search(r"FAIL  out_dir +elsewhere does not see what rank 0 writes", out)
     assert code != 0
+
+
+def test_more_processes_than_gpus_are_named_and_the_rest_is_checked_without_them(tmp_path):
+    code, out = run_with_fault("shares_a_gpu", tmp_path)
+    assert re.search(r"FAIL  nodes +\S+ has 1 GPUs for 2 processes; give --num_processes 1 per node", out)
+    assert "ok    all-reduce" in out
+    assert code != 0
+
+
+def test_store_that_nobody_serves_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = subprocess.run(
+        [sys.executable, WORKER, "impatient"],
+        cwd=ROOT, env={**environment(), **launched}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert f"FAIL  network  {socket.gethostname()} does not reach rank 0" in done.stdout

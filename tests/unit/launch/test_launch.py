@@ -11,7 +11,7 @@ import pytest
 
 from rwkv_accel import launch
 from rwkv_accel.cluster import network
-from rwkv_accel.cluster.facts import NodeFacts, code_digest, compare, gather_facts, read_recipe
+from rwkv_accel.cluster.facts import NodeFacts, code_digest, compare, gather_facts, missing_paths, read_recipe
 from rwkv_accel.errors import UserError
 from tests.helpers import ROOT, environment
 
@@ -124,6 +124,40 @@ def test_equal_nodes_have_no_problem():
 )
 def test_each_difference_is_one_line(change, line):
     assert compare([FIRST, replace(FIRST, node=1, hostname="b", **change)]) == [line]
+
+
+def test_of_several_nodes_the_odd_one_out_is_named():
+    nodes = [replace(FIRST, node=n, hostname=h) for n, h in enumerate("abc")]
+    nodes[0] = replace(nodes[0], code="x")
+    nodes[2] = replace(nodes[2], recipe="x", num_gpus=0)
+    assert [line.split(";")[0] for line in compare(nodes)] == [
+        "node 0 (a) runs other rwkv_accel code than node 1 (b)",
+        "node 2 (c) runs another recipe than node 0 (a)",
+        "node 2 (c) has 0 GPUs, node 0 (a) has 8",
+    ]
+
+
+def test_every_file_that_a_recipe_reads_is_looked_for_and_names_elsewhere_are_not(tmp_path):
+    for name in ("pairs.bin", "pairs.idx", "half.bin"):
+        (tmp_path / name).touch()
+    here = [f"{tmp_path}/pairs", f"{tmp_path}/pairs.bin", "hub:owner/name", "s3://bucket/x.jsonl", "launch/README.md"]
+    absent = [f"{tmp_path}/half.bin", f"{tmp_path}/none.jsonl"]
+    config = read_recipe(
+        [str(ROOT / RECIPE), f"data.path=[{', '.join(here + absent)}]", "eval.path=e.jsonl", "eval.every_n_steps=5",
+         "eval.choices_path=[c.jsonl]", "eval.answers_path=a.jsonl", "data.tokenizer=t.json", "data.template=t.jinja"]
+    )  # fmt: skip
+    assert missing_paths(config) == [
+        f"{tmp_path}/half.idx", f"{tmp_path}/none.jsonl", "e.jsonl", "c.jsonl", "a.jsonl", "t.json", "t.jinja",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "seconds"), [("rwkv_accel.doctor", 45), ("rwkv_accel.train", 120)])
+def test_doctor_waits_less_for_a_node_than_the_trainer(script, seconds, monkeypatch):
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda args: None)
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    session = launch.Session(launch.parse_args([])[0])
+    assert session.run(["-m", script]) == 0
+    assert session.own.join_seconds == seconds
 
 
 def test_facts_survive_the_store_and_follow_code_and_recipe(tmp_path):

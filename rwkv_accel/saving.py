@@ -10,9 +10,10 @@ from rwkv_accel.checkpoint.weights import WEIGHTS_DIR, save_weights
 from rwkv_accel.errors import UserError, WriteError
 from rwkv_accel.heartbeat import beat
 from rwkv_accel.records import read_pending
-from rwkv_accel.report import REPORT_FILE, write_report
+from rwkv_accel.report import write_report
 from rwkv_accel.run import Run
 from rwkv_accel.state import TrainState
+from rwkv_accel.tracking import REPORT_FILE
 
 
 def report(run: Run) -> None:

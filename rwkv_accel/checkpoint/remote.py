@@ -5,7 +5,7 @@
                                     complete. The number after the name is the order of writing, so that
                                     nothing is ever overwritten
     adapter/epoch-0003/  best/step-00001200/   saved weights; upload.json is written last. adapter/LATEST
-    logs/                           loss_data.json and its likes, as of the newest checkpoint or later
+    logs/                           loss_data.json and its likes, as of the newest checkpoint or later; report.html
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rwkv_accel.checkpoint.format import (
@@ -32,15 +33,17 @@ from rwkv_accel.checkpoint.format import (
     sync,
 )
 from rwkv_accel.checkpoint.retention import stays
-from rwkv_accel.checkpoint.store import RemoteStore, WrongBytes
+from rwkv_accel.checkpoint.store import Moved, RemoteStore, WrongBytes, nowhere
 from rwkv_accel.checkpoint.weights import BEST_DIR, LATEST_FILE, WEIGHTS_DIR
 from rwkv_accel.config.checkpoint import CheckpointConfig
 from rwkv_accel.errors import UserError
+from rwkv_accel.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
 
 LOGS_DIR = "logs"
 UPLOAD_FILE = "upload.json"
+MEBIBYTE = 1 << 20
 # Strict: a folder of another program that happens to lie here is neither read nor removed.
 NAME = re.compile(rf"(?P<name>{STEP_PREFIX}(?P<step>\d+)|{INTERRUPTED})-(?P<sequence>\d+)")
 
@@ -85,17 +88,17 @@ def open_remote(config: CheckpointConfig) -> Remote | None:
     return Remote(store, max((found.sequence for found in (*complete, *unfinished)), default=0))
 
 
-def put_checkpoint(store: RemoteStore, local: Path, target: str) -> None:
+def put_checkpoint(store: RemoteStore, local: Path, target: str, moved: Moved = nowhere) -> None:
     """Upload a complete checkpoint folder; its manifest goes last."""
     content = (local / MANIFEST_FILE).read_bytes()
-    _put_folder(store, local, target, parse_manifest(content, local).files, MANIFEST_FILE, content)
+    _put_folder(store, local, target, parse_manifest(content, local).files, MANIFEST_FILE, content, moved)
 
 
-def put_weights(store: RemoteStore, local: Path, target: str, step: int) -> None:
+def put_weights(store: RemoteStore, local: Path, target: str, step: int, moved: Moved = nowhere) -> None:
     """Upload a folder of saved weights to adapter/<name> or best/<name>."""
     files = {path.name: (path.stat().st_size, sha256_of(path)) for path in sorted(local.iterdir())}
     content = json.dumps({"step": step, "files": files}, indent=1).encode()
-    _put_folder(store, local, target, files, UPLOAD_FILE, content)
+    _put_folder(store, local, target, files, UPLOAD_FILE, content, moved)
     kind, _, name = target.partition("/")
     if kind == WEIGHTS_DIR:
         store.put_bytes(f"{name}\n".encode(), f"{WEIGHTS_DIR}/{LATEST_FILE}")
@@ -107,6 +110,12 @@ def put_logs(store: RemoteStore, out_dir: Path, names: tuple[str, ...]) -> None:
         path = out_dir / name
         if path.is_file():
             store.put_bytes(path.read_bytes(), f"{LOGS_DIR}/{name}")
+
+
+def put_report(store: RemoteStore, path: Path) -> None:
+    """Upload report.html if it is there: as a file, so that a browser is told what it is."""
+    if path.is_file():
+        store.put(path, f"{LOGS_DIR}/{path.name}", path.stat().st_size, sha256_of(path))
 
 
 def remote_name(name: str, manifest: Manifest) -> str:
@@ -222,21 +231,32 @@ def _fetch_weights(store: RemoteStore, folder: str, local: Path) -> bool:
     return True
 
 
-def _put_folder(store: RemoteStore, local: Path, target: str, files: Files, marker: str, content: bytes) -> None:
+def _put_folder(
+    store: RemoteStore, local: Path, target: str, files: Files, marker: str, content: bytes, moved: Moved
+) -> None:
     present = store.get_bytes(f"{target}/{marker}")
     if present == content:
         return
     if present is not None:
         store.remove([f"{target}/{marker}"])
+    before = 0
     for name, (num_bytes, sha256) in files.items():
-        store.put(local / name, f"{target}/{name}", num_bytes, sha256)
+        store.put(local / name, f"{target}/{name}", num_bytes, sha256, partial(_moved_after, before, moved))
+        before += num_bytes
     store.put_bytes(content, f"{target}/{marker}")
+
+
+def _moved_after(before: int, moved: Moved, num_bytes: int) -> None:
+    moved(before + num_bytes)
 
 
 def _fetch_folder(
     store: RemoteStore, folder: str, local: Path, files: Files, marker: tuple[str, bytes] | None = None
 ) -> Path:
     tmp = local.with_name(local.name + TMP_SUFFIX)
+    total = sum(num_bytes for num_bytes, _ in files.values())
+    line = ProgressLine(f"downloading {folder}", total=mebibytes(total), unit="MiB")
+    before = 0
     for name in files:
         if Path(name).name != name:
             raise WrongBytes(f"{name!r} is no file name")
@@ -244,7 +264,9 @@ def _fetch_folder(
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         for name, (num_bytes, sha256) in files.items():
-            store.get(f"{folder}/{name}", tmp / name, num_bytes, sha256)
+            moved = partial(_moved_after, before, lambda num_bytes: line.at(mebibytes(num_bytes)))
+            store.get(f"{folder}/{name}", tmp / name, num_bytes, sha256, moved)
+            before += num_bytes
         if marker is not None:
             (tmp / marker[0]).write_bytes(marker[1])
         for path in [*tmp.iterdir(), tmp]:
@@ -256,8 +278,14 @@ def _fetch_folder(
             "folder's permissions"
         ) from None
     finally:
+        line.close()
         shutil.rmtree(tmp, ignore_errors=True)
     return local
+
+
+def mebibytes(num_bytes: int) -> int:
+    """Rounded up: a small file is one of one."""
+    return -(-num_bytes // MEBIBYTE)
 
 
 def _remove_folder(store: RemoteStore, folder: str, files: Mapping[str, int], marker: str) -> None:

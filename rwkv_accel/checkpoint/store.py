@@ -38,6 +38,14 @@ S3_CONFIG = {
 }
 
 
+Moved = Callable[[int], None]
+"""Is told how many bytes of a piece of work are done."""
+
+
+def nowhere(num_bytes: int) -> None:
+    """A Moved that nobody listens to."""
+
+
 class RemoteError(UserError):
     """The remote storage did not do what it was asked for, after all attempts."""
 
@@ -94,16 +102,21 @@ class RemoteStore:
 
         return self._again(f"list {folder}", find)
 
-    def put(self, local: Path, name: str, num_bytes: int, sha256: str) -> None:
+    def put(self, local: Path, name: str, num_bytes: int, sha256: str, moved: Moved = nowhere) -> None:
         """Upload a file and see it arrive.
+
+        moved: is told how many of its bytes are dealt with; where they are read back, sending is half the work. Comes
+            from any thread, and starts over when the upload does.
 
         Raises:
             RemoteError: it did not arrive.
         """
+        sent_share = 0.5 if self.verify else 1.0
 
         def upload() -> None:
-            self._files.put_file(str(local), self._path(name), **self._deadline(num_bytes))
-            self._read_back(name, num_bytes, sha256)
+            callback = _sent_callback(lambda sent: moved(int(sent * sent_share)))
+            self._files.put_file(str(local), self._path(name), callback=callback, **self._deadline(num_bytes))
+            self._read_back(name, num_bytes, sha256, lambda read: moved((num_bytes + read) // 2))
 
         self._again(f"write {name}", upload)
 
@@ -116,8 +129,10 @@ class RemoteStore:
 
         self._again(f"write {name}", upload)
 
-    def get(self, name: str, local: Path, num_bytes: int, sha256: str) -> None:
+    def get(self, name: str, local: Path, num_bytes: int, sha256: str, moved: Moved = nowhere) -> None:
         """Download a file.
+
+        moved: is told how many of its bytes are here.
 
         Raises:
             WrongBytes: what arrives does not fit its size and checksum, each time.
@@ -130,6 +145,7 @@ class RemoteStore:
                 for chunk in self._chunks(name, num_bytes):
                     digest.update(chunk)
                     file.write(chunk)
+                    moved(file.tell())
             if digest.hexdigest() == sha256:
                 return
         raise WrongBytes(f"the bytes of {name} do not fit its checksum")
@@ -161,16 +177,17 @@ class RemoteStore:
     def _put_bytes(self, content: bytes, name: str) -> None:
         self._files.pipe_file(self._path(name), content, **self._deadline(len(content)))
 
-    def _read_back(self, name: str, num_bytes: int, sha256: str) -> None:
+    def _read_back(self, name: str, num_bytes: int, sha256: str, read: Moved = nowhere) -> None:
         self._files.invalidate_cache()
         found = self._files.info(self._path(name))["size"]
         if found != num_bytes:
             raise WrongBytes(f"{name} arrived with {found} bytes instead of {num_bytes}")
         if not self.verify:
             return
-        digest = hashlib.sha256()
+        digest, num_read = hashlib.sha256(), 0
         for chunk in self._chunks(name, num_bytes):
             digest.update(chunk)
+            read(num_read := num_read + len(chunk))
         if digest.hexdigest() != sha256:
             raise WrongBytes(f"{name} arrived with other bytes")
 
@@ -211,6 +228,17 @@ class RemoteStore:
         if not isinstance(self._files, AsyncFileSystem):
             return {}  # no network behind it
         return {"timeout": DEADLINE_SECONDS + num_bytes / SLOWEST_BYTES_PER_SECOND}
+
+
+def _sent_callback(sent: Moved) -> Any:
+    """What fsspec calls while it sends a file."""
+    from fsspec.callbacks import Callback
+
+    class Sent(Callback):
+        def call(self, *args: Any, **kwargs: Any) -> None:
+            sent(self.value)
+
+    return Sent()
 
 
 def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:

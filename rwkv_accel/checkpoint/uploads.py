@@ -20,25 +20,27 @@ from threading import Condition, Thread
 
 from rwkv_accel.checkpoint.format import CHECKPOINTS_DIR, read_manifest, step_name
 from rwkv_accel.checkpoint.remote import (
+    mebibytes,
     prune_checkpoints,
     prune_weights,
     put_checkpoint,
     put_logs,
+    put_report,
     put_weights,
     remote_name,
 )
 from rwkv_accel.checkpoint.retention import stays
-from rwkv_accel.checkpoint.store import RemoteStore
+from rwkv_accel.checkpoint.store import Moved, RemoteStore
 from rwkv_accel.checkpoint.weights import BEST_DIR, WEIGHTS_DIR, has_weights, latest_weights
 from rwkv_accel.config.checkpoint import CheckpointConfig
 from rwkv_accel.errors import UserError
-from rwkv_accel.heartbeat import beat
-from rwkv_accel.tracking import LOG_FILES
+from rwkv_accel.progress import ProgressLine
+from rwkv_accel.tracking import LOG_FILES, REPORT_FILE
 
 logger = logging.getLogger(__name__)
 
 UPLOADS_DIR = "uploads"
-SECONDS_BETWEEN_BEATS = 5.0
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass
@@ -48,13 +50,19 @@ class _Item:
     target: str
     """Where it goes, relative to the store."""
     staged: Path
-    upload: Callable[[], None]
+    upload: Callable[[Moved], None]
     may_be_dropped: bool = True
     """Newer ones of its kind make it superfluous."""
+    num_bytes: int = 0
+    num_moved: int = 0
+    """How many of its bytes are there."""
 
     @property
     def kind(self) -> str:
         return self.target.partition("/")[0]
+
+    def moved(self, num_bytes: int) -> None:
+        self.num_moved = num_bytes
 
 
 class Uploads:
@@ -83,9 +91,9 @@ class Uploads:
         target = f"{CHECKPOINTS_DIR}/{remote_name(folder.name, manifest)}"
         staged = self._new_staged()
 
-        def upload() -> None:
+        def upload(moved: Moved) -> None:
             put_logs(self._store, self._out_dir, LOG_FILES)
-            put_checkpoint(self._store, staged, target)
+            put_checkpoint(self._store, staged, target, moved)
             prune_checkpoints(self._store, self._config)
 
         is_kept = stays(folder.name, manifest.step, self._config.keep_every_n_steps)
@@ -96,8 +104,8 @@ class Uploads:
         target = f"{BEST_DIR}/{step_name(step)}" if folder.name == BEST_DIR else f"{WEIGHTS_DIR}/{folder.name}"
         staged = self._new_staged()
 
-        def upload() -> None:
-            put_weights(self._store, staged, target, step)
+        def upload(moved: Moved) -> None:
+            put_weights(self._store, staged, target, step, moved)
             prune_weights(self._store, self._config, target)
 
         self._add(folder, _Item(target, staged, upload))
@@ -115,11 +123,15 @@ class Uploads:
         """Try everything once more, wait for it within bounds, and return what is not uploaded."""
         with self._changed:
             self._is_closing = True
+            items = list(self._waiting)
             self._changed.notify()
         end = time.monotonic() + self._config.remote_wait_seconds
+        total = mebibytes(sum(item.num_bytes for item in items))
+        line = ProgressLine(f"uploading to {self._store.url}", total=total, unit="MiB")
         while self._thread.is_alive() and (left_seconds := end - time.monotonic()) > 0:
-            beat("waiting for uploads")
-            self._thread.join(min(left_seconds, SECONDS_BETWEEN_BEATS))
+            line.at(mebibytes(sum(item.num_moved for item in items)))
+            self._thread.join(min(left_seconds, SECONDS_BETWEEN_LOOKS))
+        line.close()
         with self._changed:
             self._is_abandoned = True
             left = [item.target for item in self._waiting]
@@ -138,6 +150,7 @@ class Uploads:
             shutil.rmtree(item.staged, ignore_errors=True)
             logger.warning("%s will not be uploaded: %s", folder, error.strerror or error)
             return
+        item.num_bytes = sum(path.stat().st_size for path in item.staged.iterdir())
         with self._changed:
             self._waiting.append(item)
             self._drop_superfluous(item.kind)
@@ -173,7 +186,7 @@ class Uploads:
                     return
                 item = self._under_way = self._waiting[0]
             try:
-                item.upload()
+                item.upload(item.moved)
             except (UserError, OSError) as error:
                 # A word to stderr while the interpreter ends would be a crash.
                 if not self._is_abandoned:
@@ -183,6 +196,7 @@ class Uploads:
                 return
             with self._changed:
                 self._under_way = None
+                item.moved(item.num_bytes)
                 self._waiting.remove(item)
             shutil.rmtree(item.staged, ignore_errors=True)
 
@@ -190,6 +204,7 @@ class Uploads:
         # Checkpoints take the logs along; this is for what came after the last one.
         try:
             put_logs(self._store, self._out_dir, LOG_FILES)
+            put_report(self._store, self._out_dir / REPORT_FILE)
         except (UserError, OSError) as error:
             logger.warning("the logs are not uploaded: %s", error)
 

@@ -21,8 +21,8 @@ class TrackingConfig(Strict):
     wandb_mode: Literal["auto", "online", "offline"] = "auto"
     """auto: online when wandb has an API key, else offline (said in one line)."""
     progress: Literal["auto", "bar", "lines", "none"] = "auto"
-    """Of the updates, and of long work such as tokenising and loading. auto: a bar on a terminal, plain lines
-    elsewhere."""
+    """Of the updates, and of long work such as tokenising, loading and uploads that the end of a run waits for. auto: a
+    bar on a terminal, plain lines elsewhere."""
 
 
 class SamplesConfig(Strict):

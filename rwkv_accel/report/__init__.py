@@ -5,6 +5,6 @@ write_report the file
 serve        the page of a run that is still going on
 """
 
-from rwkv_accel.report.page import REPORT_FILE, write_report
+from rwkv_accel.report.page import write_report
 
-__all__ = ["REPORT_FILE", "write_report"]
+__all__ = ["write_report"]

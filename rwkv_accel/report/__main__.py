@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             serve(args.runs, host=args.host, port=args.serve, num_points=args.points)
             return 0
-        from rwkv_accel.report import REPORT_FILE, write_report
+        from rwkv_accel.report import write_report
+        from rwkv_accel.tracking import REPORT_FILE
 
         default = args.runs[0] / REPORT_FILE if len(args.runs) == 1 else Path(REPORT_FILE)
         print(f"written to {write_report(args.runs, args.output or default, args.points)}")  # noqa: T201

@@ -15,7 +15,6 @@ from typing import Any
 from rwkv_accel.errors import UserError
 from rwkv_accel.report.reading import NUM_POINTS, check_is_run, names_of, read_run
 
-REPORT_FILE = "report.html"
 STATIC = Path(__file__).parent / "static"
 SCRIPTS = ("format.js", "scale.js", "chart.js", "sections.js", "app.js")
 

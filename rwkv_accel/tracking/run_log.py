@@ -32,6 +32,7 @@ LOSS_FILE = "loss_data.json"
 EVAL_FILE = "eval_data.json"
 SAMPLES_FILE = "samples.json"
 TRAIN_LOG_FILE = "train_log.txt"
+REPORT_FILE = "report.html"
 LOG_FILES = (LOSS_FILE, EVAL_FILE, SAMPLES_FILE, TRAIN_LOG_FILE)
 
 

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from rwkv_accel.checkpoint.store import RemoteStore
 from tests.faulty_s3 import BUCKET, CREDENTIALS, FaultProxy, S3Server, nth
 from tests.helpers import ragged_jsonl, tiny_checkpoint, train_cli
 from tests.integration.test_resume import (
@@ -48,7 +49,7 @@ def variables(proxy):
     return {**CREDENTIALS, "AWS_ENDPOINT_URL": proxy.url}
 
 
-def test_a_stopped_run_whose_folder_is_lost_continues_from_s3_bit_for_bit(work, undisturbed, proxy):
+def test_a_stopped_run_whose_folder_is_lost_continues_from_s3_bit_for_bit(work, undisturbed, proxy, monkeypatch):
     path, out_dir = recipe_with_copy(work, "lost"), work / "lost"
     process = start_and_wait_for_step(path, out_dir, 5, **variables(proxy))
     process.send_signal(signal.SIGTERM)
@@ -61,6 +62,11 @@ def test_a_stopped_run_whose_folder_is_lost_continues_from_s3_bit_for_bit(work, 
     assert f"downloaded s3://{BUCKET}/lost/checkpoints/INTERRUPTED-" in again.stderr
     assert f"continuing from {out_dir}/checkpoints/INTERRUPTED: step {step} of 12" in again.stderr
     assert_same_end(out_dir, undisturbed)
+    for name, value in variables(proxy).items():
+        monkeypatch.setenv(name, value)
+    store = RemoteStore(f"s3://{BUCKET}/lost")
+    assert store.get_bytes("logs/report.html") == (out_dir / "report.html").read_bytes()
+    assert store._files.info(f"{BUCKET}/lost/logs/report.html")["ContentType"] == "text/html", "a browser shows it"
     # Lost again after its end: nothing is left to train, and everything comes back.
     shutil.rmtree(out_dir)
     last = train_cli(path, **variables(proxy))

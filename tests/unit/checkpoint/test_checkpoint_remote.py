@@ -8,13 +8,16 @@ import threading
 
 import pytest
 
+from rwkv_accel import progress
 from rwkv_accel.checkpoint import CheckpointWriter, find_resume
+from rwkv_accel.checkpoint import store as store_module
+from rwkv_accel.checkpoint import uploads as uploads_module
 from rwkv_accel.checkpoint.format import MANIFEST_FILE, STATE_FILE, TRAINABLE_FILE, TensorFile, validate
 from rwkv_accel.checkpoint.remote import open_remote
 from rwkv_accel.checkpoint.store import RemoteError, RemoteStore
 from rwkv_accel.config.checkpoint import CheckpointConfig
 from rwkv_accel.errors import UserError
-from rwkv_accel.tracking import LOSS_FILE
+from rwkv_accel.tracking import LOSS_FILE, REPORT_FILE
 from tests.unit.checkpoint.checkpoint_helpers import simple_snapshot, write_simple
 
 WAIT_SECONDS = 60
@@ -64,13 +67,16 @@ def flip(path):
     path.write_bytes(data)
 
 
-def test_what_is_uploaded_is_the_folder_and_the_logs(out_dir, store, remote):
+def test_what_is_uploaded_is_the_folder_the_logs_and_the_report(out_dir, store, remote, capsys):
     out_dir.mkdir()
     (out_dir / LOSS_FILE).write_text("[1]")
+    (out_dir / REPORT_FILE).write_text("<html>")
     folder = save(out_dir, store, 5)
     copy = remote / "checkpoints" / "step-00000005-1"
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
     assert (remote / "logs" / LOSS_FILE).read_text() == "[1]"
+    assert (remote / "logs" / REPORT_FILE).read_text() == "<html>"
+    assert capsys.readouterr().err == "", "quick uploads say nothing"
     assert folders(out_dir) == ["checkpoints"], "nothing stays of the staging"
 
 
@@ -312,3 +318,57 @@ def test_the_end_of_a_run_waits_for_uploads_only_so_long(out_dir, store, monkeyp
     writer.wait()
     assert writer.uploads.finish() == ["checkpoints/step-00000001-1"]
     go_on.set()
+
+
+@pytest.fixture
+def said(monkeypatch, capsys):
+    """Every line that the work could say, had it taken long."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "_mode", "lines")
+    monkeypatch.setenv("RANK", "0")
+    return lambda: capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("mode", ["lines", "none"])
+def test_who_waits_for_uploads_is_told_how_far_they_are(out_dir, store, monkeypatch, said, mode):
+    monkeypatch.setattr(progress, "_mode", mode)
+    monkeypatch.setattr(store_module, "CHUNK_BYTES", 1 << 20)
+    monkeypatch.setattr(uploads_module, "SECONDS_BETWEEN_LOOKS", 0.01)
+    seen, go_on = threading.Event(), threading.Event()
+    read_chunk = RemoteStore._chunk
+
+    def slow_chunk(self, name, start, num_bytes):
+        if start == 1 << 20:
+            seen.set()
+            assert go_on.wait(WAIT_SECONDS)
+        return read_chunk(self, name, start, num_bytes)
+
+    class Watched(uploads_module.ProgressLine):
+        def at(self, done):
+            super().at(done)
+            if done == 3:
+                go_on.set()
+
+    monkeypatch.setattr(RemoteStore, "_chunk", slow_chunk)
+    monkeypatch.setattr(uploads_module, "ProgressLine", Watched)
+    (out_dir / "best").mkdir(parents=True)
+    (out_dir / "best" / "model.pth").write_bytes(bytes(4 << 20))
+    writer = start(out_dir, store)
+    writer.uploads.add_weights(out_dir / "best", 1)
+    # Sent, and a quarter of it read back: two and a half of four.
+    assert seen.wait(WAIT_SECONDS)
+    assert writer.uploads.finish() == []
+    lines = said()
+    if mode == "none":
+        assert lines == []
+    else:
+        assert lines[0] == f"uploading to {store.url}: 3/4 MiB"
+        assert set(lines) <= {f"uploading to {store.url}: {done}/4 MiB" for done in (3, 4)}
+
+
+def test_a_download_shows_how_far_it_is(out_dir, store, said):
+    save(out_dir, store, 1)
+    shutil.rmtree(out_dir)
+    said()
+    find_resume(out_dir, "auto", store)
+    assert "downloading checkpoints/step-00000001-1: 1/1 MiB" in said()

@@ -74,6 +74,18 @@ def test_what_is_put_is_listed_read_and_removed(store, local, tmp_path):
     assert store.files("a") == {}
 
 
+@pytest.mark.parametrize(
+    ("verify", "steps"), [(True, [150_000, 200_000, 250_000, 300_000]), (False, [300_000])], ids=["verify", "trust"]
+)
+def test_how_far_a_transfer_is_can_be_heard(store, local, tmp_path, verify, steps):
+    sent, read = [], []
+    name = f"heard/{verify}"
+    replace(store, verify=verify).put(local, name, len(CONTENT), SHA256, sent.append)
+    assert [position for position in sent if position] == steps
+    store.get(name, tmp_path / "back", len(CONTENT), SHA256, read.append)
+    assert read == [100_000, 200_000, 300_000]
+
+
 @pytest.mark.parametrize("fault", ["500", "503", "half", "short"])
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_download_survives_a_fault_at_any_request(store, proxy, local, tmp_path, fault, number):

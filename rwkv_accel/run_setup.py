@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from rwkv_accel.checkpoint.run_lock import lock_run_folder
 from rwkv_accel.checkpoint.weights import INIT_FILE, base_checkpoint, has_weights
 from rwkv_accel.config.base import share_of
 from rwkv_accel.config.load import dump_config
-from rwkv_accel.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainerConfig
+from rwkv_accel.config.schema import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainerConfig
 from rwkv_accel.data.loader import TrainLoader, build_train_loader
 from rwkv_accel.data.packing import Subset
 from rwkv_accel.data.tokenizer import build_tokenizer
@@ -137,9 +138,6 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         compute=compute,
     )
     log.message(loader.describe())
-    eval_every = config.eval.every_n_steps
-    if isinstance(eval_every, float):
-        eval_every = share_of(eval_every, loader.windows_per_epoch)
     run = Run(
         config,
         accelerator,
@@ -152,7 +150,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         SaveCadence(config.checkpoint),
         limits,
         total_steps,
-        eval_every=eval_every,
+        eval_every=validation_cadence(config.eval, loader.windows_per_epoch, total_steps, log),
         profiler=StepProfiler.open(trainer.profiler, config.out_dir, log.message, is_main=accelerator.is_main_process),
         base_path=str(base.path),
         base_digest=digest,
@@ -228,6 +226,20 @@ def check_answers(config: RunConfig, accelerator: Accelerator) -> None:
             "eval.answers_path needs whole weights, this Accelerate config shards them: take ddp, zero1 or zero2, or "
             f"run `python -m rwkv_accel.evaluate {config.out_dir} --answers ...` after the run"
         )
+
+
+def validation_cadence(config: EvalConfig, windows_per_epoch: int, total_steps: int, log: RunLog) -> int | None:
+    """Updates between validations within an epoch. Tells of a run that ends before its first one."""
+    every = config.every_n_steps
+    if isinstance(every, float):
+        every = share_of(every, windows_per_epoch)
+    first = [every or math.inf, (config.every_n_epochs or math.inf) * windows_per_epoch]
+    if config.is_on and not config.at_start and total_steps < min(first):
+        log.message(
+            f"eval: no validation falls within the {total_steps} updates of this run; set eval.every_n_steps to that "
+            "or less, or eval.at_start=true"
+        )
+    return every
 
 
 def build_eval_sets(config: RunConfig, accelerator: Accelerator) -> list[tuple[str, TrainLoader]]:

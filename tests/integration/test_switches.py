@@ -3,54 +3,13 @@
 import itertools
 import json
 import os
-import signal
 
 import pytest
 import torch
 import yaml
 
 from rwkv_accel import limits
-from rwkv_accel.interrupt import SIGNALS
-from rwkv_accel.train import main
-from tests.helpers import launch, ragged_jsonl, tiny_checkpoint, train_cli, write_recipe
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("switches")
-    tiny_checkpoint(folder / "base.pth", n_layer=1)
-    ragged_jsonl(folder / "data.jsonl", 20)
-    tree = {
-        "out_dir": str(folder / "out"),
-        "model": {"path": str(folder / "base.pth")},
-        "peft": {"method": "lora", "rank": 2, "targets": ["att.key"]},
-        "data": {
-            "path": str(folder / "data.jsonl"), "prompt_column": "q", "response_column": "a", "tokenizer": "byte",
-            "ctx_len": 48, "packing": "pad", "overlong": "truncate",
-        },
-        "trainer": {"micro_batch_size": 2},
-        "checkpoint": {"epoch_save": 0},
-        "tracking": {"progress": "none"},
-    }  # fmt: skip
-    write_recipe(folder / "r.yaml", tree)
-    return folder
-
-
-@pytest.fixture
-def run(work, tmp_path):
-    """Run the recipe with overrides in this process; gives the exit code. The process is left as it was."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-
-    def call(*overrides):
-        return main([str(work / "r.yaml"), f"out_dir={tmp_path / 'out'}", *overrides])
-
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False
-    torch.autograd.set_detect_anomaly(False)
+from tests.helpers import launch, train_cli
 
 
 def read(path):
@@ -161,9 +120,28 @@ def test_familiar_names_of_validation_work(run, tmp_path, caplog):
     assert "trainer.val_check_interval is eval.every_n_steps here" in caplog.text
 
 
-def test_check_val_every_n_epoch(run, tmp_path):
-    assert run(*EVAL, "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=4", "trainer.limit_train_batches=1") == 0
+@pytest.mark.parametrize("name", ["trainer.check_val_every_n_epoch", "eval.every_n_epochs"])
+def test_check_val_every_n_epoch(run, tmp_path, name):
+    assert run(*EVAL, f"{name}=2", "trainer.max_epochs=4", "trainer.limit_train_batches=1") == 0
     assert eval_steps(tmp_path) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_told"),
+    [
+        (["trainer.max_steps=2"], True),
+        (["trainer.max_steps=2", "eval.every_n_steps=3"], True),
+        (["trainer.max_steps=2", "eval.every_n_steps=2"], False),
+        (["trainer.max_steps=2", "eval.at_start=true"], False),
+        (["trainer.limit_train_batches=2"], False),
+        (["trainer.limit_train_batches=2", "eval.every_n_epochs=2"], True),
+    ],
+)
+def test_a_run_that_ends_before_its_first_validation_says_so(run, tmp_path, overrides, is_told):
+    assert run(*EVAL, *overrides) == 0
+    assert (eval_steps(tmp_path) == []) == is_told
+    said = (tmp_path / "out" / "train_log.txt").read_text()
+    assert ("no validation falls within the 2 updates of this run" in said) == is_told
 
 
 @pytest.mark.parametrize(("limit", "rows"), [("1", 2), ("0.5", 2), ("1.0", 4), ("9", 4)])

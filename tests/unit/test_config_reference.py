@@ -1,10 +1,12 @@
-"""Every key of a recipe is documented, read, and named in a test of what it does."""
+"""Every key of a recipe is documented, read, and has a test that fails when it is ignored."""
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rwkv_accel.config.base import section_of
 from rwkv_accel.config.load import leaf_keys
@@ -14,30 +16,9 @@ from rwkv_accel.config.schema import CheckpointConfig, RunConfig, TrainerConfig
 ROOT = Path(__file__).parents[2]
 PACKAGE, CONFIG = ROOT / "rwkv_accel", ROOT / "rwkv_accel" / "config"
 KEYS = leaf_keys()
-# These say what a recipe may hold, not what a key does.
-TESTS_OF_RECIPES = {"test_config.py", Path(__file__).name}
+KEY_TESTS = yaml.safe_load(Path(__file__).with_name("config_key_tests.yaml").read_text(encoding="utf-8"))
 # Read through names that data give: the parameter groups of the optimizer.
 READ_BY_GROUP = {"optim.lr_scale": PACKAGE / "optim.py"}
-
-# Tests that change what happens with a switch of the trainer section, as a reader would look for them.
-SWITCHES = {
-    "accelerator": "integration/test_switches.py::test_gpu_that_is_not_there_is_refused",
-    "strategy": "integration/test_switches.py::test_other_strategy_than_the_launchers_is_one_line",
-    "devices": "integration/test_switches.py::test_what_the_launcher_gave_is_accepted",
-    "num_nodes": "integration/test_switches.py::test_what_the_launcher_gave_is_accepted",
-    "min_steps": "integration/test_switches.py::test_min_steps_holds_off_early_stopping",
-    "max_tokens": "integration/test_switches.py::test_max_tokens_ends_the_run_and_the_schedule",
-    "max_time": "integration/test_switches.py::test_max_time_ends_in_order_and_the_same_command_continues",
-    "limit_train_batches": "integration/test_switches.py::test_limit_train_batches",
-    "overfit_batches": "integration/test_switches.py::test_overfit_batches_repeats_its_rows",
-    "fast_dev_run": "integration/test_switches.py::test_fast_dev_run_does_everything_and_leaves_nothing",
-    "compile": "integration/test_switches.py::test_compile_reaches_the_blocks",
-    "deterministic": "integration/test_switches.py::test_deterministic_reaches_torch",
-    "benchmark": "integration/test_switches.py::test_benchmark_reaches_cudnn",
-    "detect_anomaly": "integration/test_switches.py::test_detect_anomaly_stops_at_the_operation",
-    "profiler": "integration/test_switches.py::test_profiler_leaves_a_trace_of_three_updates",
-    "gradient_checkpointing": "unit/model/test_model_training.py::test_gradient_checkpointing_changes_nothing",
-}
 
 
 def trees(folder):
@@ -99,36 +80,44 @@ def test_every_key_is_read(key, names_read):
     assert name in names_read, f"nothing reads {key}"
 
 
-@pytest.fixture(scope="module")
-def tests_text():
-    return {p: t for p, t in trees(ROOT / "tests").items() if p.name not in TESTS_OF_RECIPES}
+def test_every_key_has_its_test():
+    assert list(KEY_TESTS) == KEYS
 
 
-def names(key, tree):
-    """Whether a test sets a key: as section.key in a string, as a key of a dict, or as an argument."""
-    last = key.rpartition(".")[2]
-    dotted = re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w.])")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and dotted.search(node.value):
-            return True
-        if isinstance(node, ast.keyword) and node.arg == last:
-            return True
-        if isinstance(node, ast.Dict) and any(isinstance(k, ast.Constant) and k.value == last for k in node.keys):
-            return True
-    return False
+@cache
+def definitions(file):
+    """Functions and variables at the top level of a test file, and of the conftest.py beside it, by name."""
+    found = {}
+    for path in (file.parent / "conftest.py", file):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else ():
+            if isinstance(node, ast.FunctionDef):
+                found[node.name] = node
+            elif isinstance(node, ast.Assign):
+                found |= {
+                    name.id: node for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)
+                }
+    return found
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_every_key_is_set_by_a_test_of_what_it_does(key, tests_text):
-    assert any(names(key, tree) for tree in tests_text.values()), f"no test sets {key}"
+def with_what_it_uses(file, name):
+    """Source of a test, of the fixtures that it asks for, and of the functions and tables that it reads."""
+    known, found, todo = definitions(file), {}, [name]
+    while todo:
+        name = todo.pop()
+        if name in known and name not in found:
+            found[name] = ast.unparse(known[name])
+            nodes = list(ast.walk(known[name]))
+            todo += [node.id for node in nodes if isinstance(node, ast.Name)]
+            todo += [node.arg for node in nodes if isinstance(node, ast.arg)]
+    return "\n".join(found.values())
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_every_switch_has_its_test(switch, tests_text):
-    file, _, function = SWITCHES[switch].partition("::")
-    tree = tests_text[ROOT / "tests" / file]
-    (test,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == function]
-    assert switch in ast.unparse(test)
+@pytest.mark.parametrize("key", KEY_TESTS)
+def test_the_test_of_a_key_exists_and_names_it(key):
+    file, _, test = KEY_TESTS[key].partition("::")
+    assert test in definitions(ROOT / "tests" / file), f"{file} has no {test}"
+    source = with_what_it_uses(ROOT / "tests" / file, test)
+    assert re.search(rf"(?<!\w){key.rpartition('.')[2]}(?!\w)", source), f"{KEY_TESTS[key]} does not name {key}"
 
 
 def test_sections_are_found_behind_none():

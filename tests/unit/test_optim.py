@@ -23,6 +23,7 @@ NAMES = {
     "blocks.0.ffn.value.weight": ((4, 16), "matrix"),
     "blocks.0.att.key.lora_A": ((2, 4), "lora_A"),
     "blocks.0.att.key.lora_B": ((4, 2), "lora_B"),
+    "blocks.0.att.time_state": ((2, 2, 2), "state"),
 }
 
 
@@ -52,6 +53,13 @@ def test_lora_plus_ratio_is_a_recipe_value():
     groups = {g["name"]: g["lr"] for g in param_groups(named(), optim)}
     assert groups["lora_B"] == pytest.approx(1.6)
     assert groups["lora_A"] == pytest.approx(0.1)
+
+
+def test_every_scale_is_that_of_its_group_alone():
+    scales = {"w0": 3.0, "emb": 5.0, "head": 7.0, "lora_A": 11.0, "lora_B": 13.0, "state": 17.0}
+    optim = OptimConfig(lr_init=0.1, lr_scale=LrScale(**scales))
+    rates = {g["name"]: g["lr"] for g in param_groups(named(), optim)}
+    assert rates == pytest.approx({**{name: 0.1 * s for name, s in scales.items()}, "matrix": 0.1, "other": 0.1})
 
 
 def test_frozen_parameters_make_no_group():

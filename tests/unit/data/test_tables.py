@@ -71,6 +71,17 @@ def test_data_set_by_name(hub_folder):
         load(hub_folder, split="nope")
 
 
+def test_subset_is_the_configuration_of_that_name(tmp_path):
+    rows = {"german": WANT[:3], "french": WANT[3:]}
+    head = ["---", "configs:"]
+    for name, found in rows.items():
+        datasets.Dataset.from_dict({"text": found}).to_parquet(tmp_path / f"{name}.parquet")
+        head += [f"- config_name: {name}", f"  data_files: {name}.parquet"]
+    (tmp_path / "README.md").write_text("\n".join([*head, "---", ""]))
+    for name, found in rows.items():
+        assert texts(load(f"hub:{tmp_path}", subset=name)) == found
+
+
 def test_data_set_is_cached(hub_folder, tmp_path):
     settings = {"packing": "pad", "shuffle": False, "cache_dir": str(tmp_path / "cache")}
     assert texts(make_loader(hub_folder, **settings)) == WANT

@@ -105,6 +105,27 @@ def test_quantised_are_the_block_matrices_only():
     assert "head" not in chosen.quantised
 
 
+def test_double_quant_stores_the_maxima_in_a_byte_each(base):
+    sizes = {}
+    for double in (False, True):
+        peft = PeftConfig(rank=4, targets=("att.key",), base_quant="nf4", double_quant=double)
+        layer = load_model_and_apply_peft(ModelConfig(path=str(base)), peft).blocks[0].ffn.key
+        sizes[double] = sorted(getattr(layer, name).nbytes for name in layer.stored_names)
+    count, maxima = 4 * 64 * 64, 4 * 64
+    assert sizes == {False: [4 * maxima, count // 2], True: [4 * 2, maxima, count // 2]}
+
+
+def test_svd_niter_reaches_the_start_of_pissa(base):
+    starts = [
+        load_model_and_apply_peft(
+            ModelConfig(path=str(base)), PeftConfig(method="pissa", rank=4, targets=("att.key",), svd_niter=niter)
+        ).blocks[0].att.key.lora_A
+        for niter in (None, 0, 0)
+    ]  # fmt: skip
+    assert torch.equal(starts[1], starts[2])
+    assert not torch.allclose(starts[0], starts[1])
+
+
 MISTAKES = [
     ({"targets": ["att.keys"]}, r"peft.targets: 'att.keys' matches no linear layer .* nearest is att.key"),
     ({"targets": ["att.ky", "head"]}, r"nearest is att.key"),

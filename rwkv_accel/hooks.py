@@ -13,7 +13,7 @@ on_train_end     after the last update: the last save, the last answers and repo
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from torch.optim import Optimizer
 
@@ -41,9 +41,6 @@ from rwkv_accel.saving import (
 )
 from rwkv_accel.schedules import lr_at, wd_at
 from rwkv_accel.state import TrainState
-
-if TYPE_CHECKING:
-    pass
 
 
 def on_batch_start(state: TrainState, optimizer: Optimizer, optim: OptimConfig, total_steps: int) -> None:

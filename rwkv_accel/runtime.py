@@ -28,6 +28,8 @@ EXIT_STALLED = 70
 PROCESS_GROUP_TIMEOUT_SECONDS = 600
 # No build of an extension lasts so long.
 STALE_LOCK_SECONDS = 600
+DEEPSPEED_BUCKET_VALUES = 500_000_000
+"""DeepSpeed's own reduce_bucket_size."""
 
 
 def is_main_process() -> bool:
@@ -341,9 +343,21 @@ def prepare(
 ) -> tuple[Any, Any]:
     """accelerator.prepare of model and optimizer, with what has to come before and after it. Collective."""
     load_cpu_adam(accelerator)
+    _fit_bucket(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     check_engine(accelerator, model, trainer, micro_batches)
     return model, optimizer
+
+
+def _fit_bucket(accelerator: Accelerator, model: Any) -> None:
+    """No larger a gradient bucket than there are gradients: DeepSpeed allocates it whole, 2 GB for any adapter."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is None:
+        return
+    zero = plugin.deepspeed_config.setdefault("zero_optimization", {})
+    if zero.get("reduce_bucket_size", "auto") == "auto":
+        num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        zero["reduce_bucket_size"] = min(DEEPSPEED_BUCKET_VALUES, max(num_trained, 1))
 
 
 def check_engine(accelerator: Accelerator, model: Any, trainer: TrainerConfig, micro_batches: int) -> None:

@@ -19,10 +19,9 @@ from typing import Any
 
 from rwkv_accel.plan.communication import Cluster, Strategy, Training, compute_seconds, update_of
 from rwkv_accel.plan.trace import Activations, Weights
+from rwkv_accel.runtime import DEEPSPEED_BUCKET_VALUES
 
 STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
-BUCKET_VALUES = 500_000_000
-"""DeepSpeed's reduce_bucket_size, allocated whole."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters."""
 USABLE = 0.94
@@ -161,13 +160,14 @@ def _moments(weights: Weights, optimizer: str, *, master: bool) -> int:
 
 
 def _buffers(zero: str, weights: Weights) -> int:
+    bucket = 4 * min(DEEPSPEED_BUCKET_VALUES, weights.num_trained)
     if zero == "ddp":
         return weights.trained
     if zero in ("zero1", "zero2"):
-        return 4 * BUCKET_VALUES
+        return bucket
     if zero == "zero3":
         share = min(1.0, MAX_LIVE_PARAMETERS / weights.num_params)
-        return math.ceil(share * weights.all) + 4 * BUCKET_VALUES
+        return math.ceil(share * weights.all) + bucket
     if zero == "fsdp2":
         return 2 * weights.largest_block + weights.outside_blocks
     return 0

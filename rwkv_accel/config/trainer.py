@@ -59,8 +59,8 @@ class TrainerConfig(Strict):
     """block: keep only the input of each block and recompute the rest in the backward pass. selective: recompute what
     lies between the large matrix products of the time mix (recurrence included) and keep the products."""
     compile: Literal["none", "inductor", "aot_eager"] = "none"
-    """Compile each block with torch.compile. inductor (or true): fused kernels; needs a C++ compiler, on a GPU Triton.
-    aot_eager: traced but not fused, to look for the cause of a difference."""
+    """Compile each block with torch.compile, as one graph. inductor (or true): fused kernels; needs a C++ compiler, on
+    a GPU Triton. aot_eager: traced but not fused, to look for the cause of a difference."""
     deterministic: Literal[False, True, "warn"] = False
     """true: the same bits in every run on the same hardware, or an error that names the operation that cannot. warn:
     only say so."""
@@ -113,11 +113,6 @@ class TrainerConfig(Strict):
             raise ValueError("set one of trainer.limit_train_batches and trainer.overfit_batches, not both")
         if self.deterministic and self.benchmark:
             raise ValueError("set one of trainer.deterministic and trainer.benchmark: timing picks other algorithms")
-        if self.compile != "none" and self.gradient_checkpointing == "selective":
-            raise ValueError(
-                "set trainer.gradient_checkpointing to block or none with trainer.compile: the compiler already "
-                "chooses within a block what to keep"
-            )
         return self
 
     @model_validator(mode="after")

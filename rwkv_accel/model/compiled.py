@@ -1,4 +1,8 @@
-"""torch.compile of the blocks, around the hand-written operators, which it leaves as they are."""
+"""torch.compile of the blocks, one graph each.
+
+What is written by hand is no border in that graph. The elementwise ops are seen into, forward and backward, in their
+torch form, and fused with what stands beside them. The recurrence and quantised weights are single nodes.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,9 @@ from torch import nn
 
 from rwkv_accel.errors import UserError
 from rwkv_accel.model.rwkv7 import RWKV7
+from rwkv_accel.ops.elementwise import AUTOGRAD_FUNCTIONS
 
 COMPILERS = ("c++", "g++", "clang++")
-# Custom forward and backward passes: fused already, and not for the compiler to look into.
-HAND_WRITTEN = ("rwkv_accel.ops", "rwkv_accel.peft.quant")
 RECOMPILES_PER_BLOCK = 32
 """Versions of a block's code, for its shapes and for training and validation, before the rest runs uncompiled."""
 
@@ -42,12 +45,13 @@ def compile_blocks(model: RWKV7, backend: str) -> None:
     if backend == "none":
         return
     import torch._dynamo
-    from torch._dynamo import trace_rules
 
-    for package in HAND_WRITTEN:
-        trace_rules.add(package)
+    for function in AUTOGRAD_FUNCTIONS:
+        torch.compiler.allow_in_graph(function)
     # The number of a block is a plain attribute: without this every block would be compiled anew for it.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    # How many chunks the documents of a packed row make is seen in the batch alone.
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES_PER_BLOCK)
     for block in model.blocks:
         assert isinstance(block, nn.Module)

@@ -47,11 +47,14 @@ def run_again(
     trains = any(t is not None and t.requires_grad for t in (*inputs, *params))
     if not (trains and torch.is_grad_enabled()):
         return function(*inputs)
+    run: Callable[..., tuple[Tensor, ...]] = checkpoint
+    if torch.compiler.is_compiling():
+        # The compiler knows this form alone. What the other is needed for, ZeRO-3, is not compiled.
+        return run(function, *inputs, use_reentrant=False, preserve_rng_state=is_random)
 
     def again(_anchor: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return function(*tensors)
 
     # Without an input that needs a gradient, the reentrant form would cut off the parameters.
     anchor = torch.empty(0, requires_grad=True)
-    run: Callable[..., tuple[Tensor, ...]] = checkpoint
     return run(again, anchor, *inputs, use_reentrant=True, preserve_rng_state=is_random)

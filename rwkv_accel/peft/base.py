@@ -73,19 +73,29 @@ class FrozenLinear(nn.Linear):
         """The frozen weight [out, in] that the forward uses."""
         if self.quant is None:
             return self.weight.to(dtype)
-        stored = {name: getattr(self, name) for name in self.stored_names}
-        return unpack(stored, self.quant, (self.out_features, self.in_features), dtype)
+        stored, shape = self._stored(), (self.out_features, self.in_features)
+        if torch.compiler.is_compiling():
+            from rwkv_accel.peft.opaque import unpack_opaque
+
+            return unpack_opaque(stored, self.quant.kind, shape, dtype)
+        return unpack(stored, self.quant, shape, dtype)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] through the frozen weight; no gradient for the weight is computed."""
         if self.quant is None:
             return F.linear(x, self.weight.to(x.dtype))
-        stored = (getattr(self, name) for name in self.stored_names)
-        shape = (self.out_features, self.in_features)
-        return QuantizedMatmul.apply(x, self.quant, shape, self.stored_names, *stored)
+        stored, shape = self._stored(), (self.out_features, self.in_features)
+        if torch.compiler.is_compiling():
+            from rwkv_accel.peft.opaque import matmul_opaque
+
+            return matmul_opaque(x, stored, self.quant.kind, shape)
+        return QuantizedMatmul.apply(x, self.quant, shape, self.stored_names, *stored.values())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base_forward(x)
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.stored_names}
 
 
 class NF4Linear(FrozenLinear):

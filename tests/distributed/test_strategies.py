@@ -27,7 +27,7 @@ def work(tmp_path_factory):
     return folder
 
 
-def recipe(work, name, micro, strategy="single", world=1):
+def recipe(work, name, micro, strategy="single", world=1, **trainer):
     tree = {
         "out_dir": str(work / name),
         "model": {"path": str(work / "base.pth")},
@@ -45,7 +45,7 @@ def recipe(work, name, micro, strategy="single", world=1):
             "gradient_clip_val": 0.05,
             # What the launcher gives, so that the run itself confirms it.
             "gradient_checkpointing": {2: "selective", 4: "block"}.get(micro, "none"),
-            "strategy": "single" if strategy == "cpu" else strategy, "devices": world, "num_nodes": 1,
+            "strategy": "single" if strategy == "cpu" else strategy, "devices": world, "num_nodes": 1, **trainer,
         },
         "tracking": {"progress": "none"},
     }  # fmt: skip
@@ -85,6 +85,17 @@ def test_same_weights_under_every_split_and_strategy(work, reference, strategy, 
         assert worst < 1e-6, (name, worst)
         assert losses(out_dir) == pytest.approx(losses(work / "reference"), rel=1e-6)
         check_engine(out_dir, load_config(work / f"{name}.yaml").optim)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
+def test_compiled_blocks_train_the_same_weights(work, reference, strategy):
+    name = f"compiled-{strategy}"
+    path = recipe(work, name, 2, strategy, 2, compile="aot_eager", gradient_checkpointing="block")
+    launch(strategy, 2, "-m", "rwkv_accel.train", path)
+    got = weights(work / name)
+    assert max((got[n] - reference[n]).abs().max().item() for n in reference) < 1e-6
+    assert losses(work / name) == pytest.approx(losses(work / "reference"), rel=1e-6)
 
 
 def check_engine(out_dir, optim):

@@ -298,7 +298,6 @@ def test_compile_reaches_the_blocks(run, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "needle"),
     [
-        (["trainer.compile=true", "trainer.gradient_checkpointing=selective"], "gradient_checkpointing"),
         (
             ["trainer.deterministic=true", "trainer.benchmark=true"],
             "one of trainer.deterministic and trainer.benchmark",

@@ -6,12 +6,13 @@ gradient that nobody asks for is not made.
 """
 
 from rwkv_accel.ops.elementwise.backend import BACKENDS, select_backend
-from rwkv_accel.ops.elementwise.head_gate import head_gate
-from rwkv_accel.ops.elementwise.relu_squared import relu_squared
-from rwkv_accel.ops.elementwise.shift_lerp import shift_lerp, start_table
-from rwkv_accel.ops.elementwise.wkv_inputs import DECAY_SCALE, WKVInputs, wkv_inputs
+from rwkv_accel.ops.elementwise.head_gate import _HeadGate, head_gate
+from rwkv_accel.ops.elementwise.relu_squared import _ReluSquared, relu_squared
+from rwkv_accel.ops.elementwise.shift_lerp import _ShiftLerp, shift_lerp, start_table
+from rwkv_accel.ops.elementwise.wkv_inputs import DECAY_SCALE, WKVInputs, _WKVInputs, wkv_inputs
 
 __all__ = [
+    "AUTOGRAD_FUNCTIONS",
     "BACKENDS",
     "DECAY_SCALE",
     "WKVInputs",
@@ -22,3 +23,6 @@ __all__ = [
     "start_table",
     "wkv_inputs",
 ]
+
+AUTOGRAD_FUNCTIONS = (_HeadGate, _ReluSquared, _ShiftLerp, _WKVInputs)
+"""What torch.compile takes into its graphs as it is, backward pass included."""

@@ -37,7 +37,12 @@ def select_backend(backend: str, device_type: str) -> tuple[str, str]:
 
 
 def runs_triton(backend: str, tensor: Tensor) -> bool:
-    """Whether the Triton kernels take this tensor. fp64 is the oracle's dtype: torch computes it."""
+    """Whether the Triton kernels take this tensor. fp64 is the oracle's dtype: torch computes it.
+
+    torch.compile gets the torch twins: it sees into them, and fuses them with what stands beside them.
+    """
+    if backend == "auto" and torch.compiler.is_compiling():
+        return False
     name, _ = select_backend(backend, tensor.device.type)
     return name == "triton" and tensor.dtype != torch.float64
 

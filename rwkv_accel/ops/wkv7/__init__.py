@@ -118,6 +118,10 @@ def wkv7(
 
     Raises ValueError, before any work, for inputs that do not fit together.
     """
+    if torch.compiler.is_compiling() and backend != "reference":
+        from rwkv_accel.ops.wkv7.opaque import wkv7_opaque
+
+        return wkv7_opaque((r, w_log, k, v, a, b), state, cu_seqlens, backend)
     borders = check_inputs(r, w_log, k, v, a, b, state, cu_seqlens)
     dtype = torch.float64 if w_log.dtype == torch.float64 else common_dtype(r, k, v, a, b)
     name, _ = select_backend(backend, r.device.type, r.shape[-1], dtype)

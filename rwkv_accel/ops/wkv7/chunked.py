@@ -151,47 +151,67 @@ class _ChunkedWKV7(torch.autograd.Function):
         wide: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         inputs = (r, w_log, k, v, a, b)
-        heads, size = r.shape[2:]
-        num, num_sequences = layout.chunk_size, layout.num_sequences
-        states_SHNN = r.new_empty(num_sequences + layout.num_chunks, heads, size, size, dtype=wide)
-        states_SHNN[:num_sequences] = 0 if state_SHNN is None else state_SHNN.index_select(0, layout.ranked)
-        out = v.new_empty(v.shape)
-        for segment in layout.segments:
-            chunks = _prepare(inputs, layout, segment, wide)
-            chunks.values_ZDN[:, :num] = _pass_states(chunks, layout, segment, states_SHNN)
-            out_ZCN = torch.bmm(chunks.reads_ZDN[:, num:], segment.start_states(states_SHNN).mT)
-            out_ZCN.baddbmm_(chunks.scores_ZDD[:, num:], chunks.values_ZDN)
-            layout.store(out_ZCN, segment, out)
+        out, final, states_SHNN = run_forward(inputs, state_SHNN, layout, wide)
         ctx.layout = layout
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, states_SHNN)
-        return out, states_SHNN.index_select(0, layout.final_state)
+        return out, final
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         check_first_order("wkv7 (chunked)")
         *inputs, states_SHNN = ctx.saved_tensors
-        layout, needed = ctx.layout, ctx.needs_input_grad[:6]
-        if d_out is None:
-            d_out = inputs[3].new_zeros(()).expand(inputs[3].shape)
-        if d_final is None:
-            d_state_SHNN = states_SHNN.new_zeros(layout.num_sequences, *states_SHNN.shape[1:])
-        else:
-            d_state_SHNN = d_final.index_select(0, layout.ranked)
-        grads = [x.new_empty(x.shape) if need else None for x, need in zip(inputs, needed)]
-        for segment in reversed(layout.segments):
-            chunks = _prepare(inputs, layout, segment, states_SHNN.dtype)
-            d_values_ZDN = torch.empty_like(chunks.values_ZDN)
-            layout.load(d_out, segment, d_values_ZDN[:, layout.chunk_size :])
-            state_grads = _pass_state_grads(chunks, segment, d_values_ZDN, d_state_SHNN)
-            if not any(needed):
-                continue
-            found = _segment_grads(chunks, layout, segment, d_values_ZDN, *state_grads, states_SHNN, needed)
-            for grad_ZCN, grad_BTHN in zip(found, grads):
-                if grad_ZCN is not None and grad_BTHN is not None:
-                    layout.store(grad_ZCN, segment, grad_BTHN)
-        d_state = d_state_SHNN.index_select(0, layout.rank) if ctx.needs_input_grad[6] else None
-        return (*grads, d_state, None, None)
+        grads = run_backward(inputs, d_out, d_final, states_SHNN, ctx.layout, ctx.needs_input_grad[:7])
+        return (*grads, None, None)
+
+
+def run_forward(
+    inputs: Sequence[Tensor], state_SHNN: Tensor | None, layout: Layout, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, final state, and what the backward pass needs: the states before and behind all chunks."""
+    heads, size = inputs[0].shape[2:]
+    num, num_sequences = layout.chunk_size, layout.num_sequences
+    states_SHNN = inputs[0].new_empty(num_sequences + layout.num_chunks, heads, size, size, dtype=wide)
+    states_SHNN[:num_sequences] = 0 if state_SHNN is None else state_SHNN.index_select(0, layout.ranked)
+    out = inputs[3].new_empty(inputs[3].shape)
+    for segment in layout.segments:
+        chunks = _prepare(inputs, layout, segment, wide)
+        chunks.values_ZDN[:, :num] = _pass_states(chunks, layout, segment, states_SHNN)
+        out_ZCN = torch.bmm(chunks.reads_ZDN[:, num:], segment.start_states(states_SHNN).mT)
+        out_ZCN.baddbmm_(chunks.scores_ZDD[:, num:], chunks.values_ZDN)
+        layout.store(out_ZCN, segment, out)
+    return out, states_SHNN.index_select(0, layout.final_state), states_SHNN
+
+
+def run_backward(
+    inputs: Sequence[Tensor],
+    d_out: Tensor | None,
+    d_final: Tensor | None,
+    states_SHNN: Tensor,
+    layout: Layout,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of r, w_log, k, v, a, b and of the initial state; None for what is not needed."""
+    if d_out is None:
+        d_out = inputs[3].new_zeros(()).expand(inputs[3].shape)
+    if d_final is None:
+        d_state_SHNN = states_SHNN.new_zeros(layout.num_sequences, *states_SHNN.shape[1:])
+    else:
+        d_state_SHNN = d_final.index_select(0, layout.ranked)
+    *inputs_needed, need_state = needed
+    grads = [x.new_empty(x.shape) if need else None for x, need in zip(inputs, inputs_needed)]
+    for segment in reversed(layout.segments):
+        chunks = _prepare(inputs, layout, segment, states_SHNN.dtype)
+        d_values_ZDN = torch.empty_like(chunks.values_ZDN)
+        layout.load(d_out, segment, d_values_ZDN[:, layout.chunk_size :])
+        state_grads = _pass_state_grads(chunks, segment, d_values_ZDN, d_state_SHNN)
+        if not any(inputs_needed):
+            continue
+        found = _segment_grads(chunks, layout, segment, d_values_ZDN, *state_grads, states_SHNN, inputs_needed)
+        for grad_ZCN, grad_BTHN in zip(found, grads):
+            if grad_ZCN is not None and grad_BTHN is not None:
+                layout.store(grad_ZCN, segment, grad_BTHN)
+    return (*grads, d_state_SHNN.index_select(0, layout.rank) if need_state else None)
 
 
 def _pass_states(chunks: _Chunks, layout: Layout, segment: Segment, states_SHNN: Tensor) -> Tensor:
@@ -248,7 +268,7 @@ def _segment_grads(
     d_ends_ZNN: Tensor,
     d_written_ZNN: Tensor,
     states_SHNN: Tensor,
-    needed: tuple[bool, ...],
+    needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients [Z,C,N] of (r, w_log, k, v, a, b); those that are not needed may be None."""
     need_r, need_w_log, need_k, need_v, need_a, need_b = needed

@@ -40,13 +40,18 @@ def wkv7_triton(
 
     r, k, v, a, b are brought to one dtype, strided tensors are copied; w_log and the state are read in fp32.
     """
-    dtype = common_dtype(r, k, v, a, b)
-    narrow = [x.to(dtype).contiguous() for x in (r, k, v, a, b)]
-    wide = [None if x is None else x.float().contiguous() for x in (w_log, state)]
-    setup = choose_setup(r.device, dtype, tuple(r.shape), borders)
-    r, k, v_narrow, a, b = narrow
-    out, final = _TritonWKV7.apply(r, wide[0], k, v_narrow, a, b, wide[1], setup)
+    inputs, state = uniform((r, w_log, k, v, a, b), state)
+    setup = choose_setup(r.device, inputs[0].dtype, tuple(r.shape), borders)
+    out, final = _TritonWKV7.apply(*inputs, state, setup)
     return out.to(v.dtype), final
+
+
+def uniform(inputs: Sequence[Tensor], state: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    """Inputs and state as the kernels read them."""
+    r, w_log, k, v, a, b = inputs
+    dtype = common_dtype(r, k, v, a, b)
+    r, k, v, a, b = (x.to(dtype).contiguous() for x in (r, k, v, a, b))
+    return [r, w_log.float().contiguous(), k, v, a, b], None if state is None else state.float().contiguous()
 
 
 class Setup(NamedTuple):
@@ -61,12 +66,17 @@ def choose_setup(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], borders: tuple[int, ...] | None
 ) -> Setup:
     batch, num_tokens, heads, size = shape
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    kind = family(device)
-    config = choose_config(kind, dtype, size, name)
+    config, numbers = choose_sizes(device, dtype, size)
     programs = heads * (size // config.scan.block)
     pieces = build_pieces(batch, num_tokens, borders, config.chunk_size, programs, device)
-    return Setup(config, precision(kind, dtype), pieces)
+    return Setup(config, numbers, pieces)
+
+
+def choose_sizes(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Config, Precision]:
+    """What of a setup does not depend on the sequences."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    kind = family(device)
+    return choose_config(kind, dtype, head_size, name), precision(kind, dtype)
 
 
 def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: Any) -> None:

@@ -1,0 +1,48 @@
+"""WKV-7 as an operator of torch's dispatcher is the same function, and keeps the dispatcher's contract."""
+
+import pytest
+import torch
+
+from rwkv_accel.ops.wkv7 import opaque, wkv7
+from tests.unit.ops.wkv7_cases import make_inputs, results
+
+
+def opaque_wkv7(*inputs, state, cu_seqlens=None, backend):
+    return opaque.wkv7_opaque(inputs, state, cu_seqlens, backend)
+
+
+@pytest.mark.parametrize("borders", [None, [0, 33, 34, 50]], ids=str)
+def test_the_operator_is_the_function(borders):
+    *inputs, state = make_inputs(1, 50, 2, 16, dtype=torch.float32)
+    borders = None if borders is None else torch.tensor(borders)
+    given = [*inputs, state if borders is None else state.repeat(3, 1, 1, 1)]
+    expected = results(wkv7, given, cu_seqlens=borders, backend="chunked")
+    found = results(opaque_wkv7, given, cu_seqlens=borders, backend="chunked")
+    for name, x in expected.items():
+        assert torch.equal(found[name], x), name
+
+
+def test_the_dispatchers_contract():
+    """No aliases, no hidden writes, right shapes without data."""
+    *inputs, state = [x.requires_grad_() for x in make_inputs(1, 20, 1, 16, dtype=torch.float32)]
+    torch.library.opcheck(opaque._forward, (inputs, state, None, "chunked", True))
+
+
+@pytest.mark.parametrize("trained", [(0,), (1, 6), (2, 3, 4, 5)], ids=str)
+def test_gradients_of_nothing_but_what_asks_for_them(trained):
+    inputs = make_inputs(1, 20, 1, 16, dtype=torch.float32)
+    *inputs, state = [x.requires_grad_(i in trained) for i, x in enumerate(inputs)]
+    out, final, _ = opaque._forward(inputs, state, None, "chunked", True)
+    (out.sum() + final.sum()).backward()
+    assert [i for i, x in enumerate([*inputs, state]) if x.grad is not None] == list(trained)
+
+
+def test_nothing_is_kept_without_gradients():
+    inputs = make_inputs(1, 20, 1, 16, dtype=torch.float32)
+    assert opaque._forward(inputs[:6], inputs[6], None, "auto", False)[2] == []
+
+
+def test_bad_inputs_are_named():
+    inputs = make_inputs(1, 20, 1, 16, dtype=torch.float32)
+    with pytest.raises(ValueError, match="end at the number of tokens 20, got 19"):
+        opaque_wkv7(*inputs[:6], state=None, cu_seqlens=torch.tensor([0, 19]), backend="auto")

@@ -173,7 +173,8 @@ def _changed(config: dict[str, str]) -> list[str]:
 def _notes(columns: dict[str, Numbers], num_damaged: int, num_records: int, num_rows: int) -> list[str]:
     """What a reader of the curves must know."""
     notes = []
-    lost = [int(step or 0) for step, loss in zip(columns["step"], columns.get("loss", [])) if loss is None]
+    losses = columns.get("loss", [None] * len(columns["step"]))
+    lost = [int(step or 0) for step, loss in zip(columns["step"], losses) if loss is None]
     if lost:
         notes.append(f"{len(lost)} of {num_records} records have no finite loss, the first at step {lost[0]}")
     if num_damaged:

@@ -10,12 +10,15 @@ from rwkv_accel.report.timeline import Timeline
 from rwkv_accel.tracking.progress import duration
 
 GIB = 1 << 30
+NOT_FINITE = "not finite"
 
 
 def headline(columns: dict[str, Numbers], evals: list[dict[str, Any]], timeline: Timeline) -> list[dict[str, str]]:
     """Cards: {label, value, note}."""
     cards = [{"label": "status", "value": timeline.state, "note": _steps_note(columns, timeline)}]
-    if (loss := _last(columns, "smoothed_loss")) is not None:
+    if (lost := _lost_since(columns)) is not None:
+        cards.append({"label": "training loss", "value": NOT_FINITE, "note": f"since step {lost:,}"})
+    elif (loss := _last(columns, "smoothed_loss")) is not None:
         cards.append({"label": "training loss", "value": f"{loss:.4f}", "note": "smoothed"})
     if best := best_eval(evals):
         value, step, name = best
@@ -43,7 +46,7 @@ def summary(
         "starts": _starts(timeline),
         "steps": _count(_last(columns, "step")),
         "epoch": _with(_last(columns, "epoch"), "{:.0f} (the first is 0)"),
-        "last loss": _decimals(_last(columns, "loss")),
+        "last loss": _last_loss(columns),
         "smoothed loss": _decimals(_last(columns, "smoothed_loss")),
         **_last_results(evals),
         "best validation loss": f"{best[0]:.4f} at step {best[1]:,}" if (best := best_eval(evals)) else None,
@@ -132,6 +135,21 @@ def _starts(timeline: Timeline) -> str | None:
     return f"{timeline.num_starts}: " + ", ".join(text for _, text in timeline.marks)
 
 
+def _lost_since(columns: dict[str, Numbers]) -> int | None:
+    """First step of the records at the end of a run that have no finite loss."""
+    steps = columns["step"]
+    losses = columns.get("loss", [None] * len(steps))
+    num_lost = next((n for n, loss in enumerate(reversed(losses)) if loss is not None), len(losses))
+    return int(steps[-num_lost] or 0) if num_lost else None
+
+
+def _last_loss(columns: dict[str, Numbers]) -> str | None:
+    finite, lost = _decimals(_last(columns, "loss")), _lost_since(columns)
+    if lost is None:
+        return finite
+    return f"{NOT_FINITE} since step {lost:,}" + (f", {finite} before" if finite else "")
+
+
 def _share(columns: dict[str, Numbers]) -> str:
     targets, tokens = (sum(value or 0 for value in columns.get(name, [])) for name in ("target_tokens", "tokens"))
     return f"{targets / tokens:.0%}" if tokens else "unknown share"
@@ -171,7 +189,7 @@ def _with(value: float | None, pattern: str) -> str | None:
 
 
 def _decimals(value: float | None) -> str | None:
-    return _with(value, "{:.4f}")
+    return _with(value, "{:.4f}" if value is None or abs(value) < 1e5 else "{:.4g}")
 
 
 def _count(value: float | None) -> str | None:

@@ -137,6 +137,14 @@ def test_log_every_n_steps_leaves_steps_out(train):
     assert column(train("out", "trainer.log_every_n_steps=3"), "step") == [3, 6, 9, 10]
 
 
+@pytest.mark.parametrize(("mode", "shown"), [("none", ""), ("lines", "step 1/1 "), ("bar", "1/1 |")])
+def test_progress_is_shown_as_asked(train, capsys, mode, shown):
+    train("out", ONE, f"tracking.progress={mode}")
+    err = capsys.readouterr().err
+    assert shown in err
+    assert ("1/1" in err) == (mode != "none")
+
+
 def test_seed_decides_on_order_and_adapter(train):
     first, again, other = (train(name, ONE, f"trainer.seed={seed}") for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert column(first, "loss") == column(again, "loss") != column(other, "loss")

@@ -382,6 +382,22 @@ def test_lost_missing_and_empty_values(browser, tmp_path):
     assert browser.errors() == []
 
 
+def test_a_run_that_has_diverged_says_so_and_its_curve_ends(browser, tmp_path):
+    run = write_run(tmp_path / "diverged", loss=lambda step: None if step > 50 else 2.0)
+    browser.open(write_report([run], tmp_path / "report.html"))
+    assert "not finite\nsince step 51" in browser.text("#overview .cards")
+    assert browser.text("#overview .lost") == "not finite"
+    drawn = "return view.charts[0].lines.map((line) => line.ys.findLastIndex((y) => y !== null))"
+    assert browser.run(drawn) == [49, 49]
+    assert browser.errors() == []
+
+
+def test_steps_are_never_cut_in_parts(browser, tmp_path):
+    run = write_run(tmp_path / "short", num_steps=2, resumed_at=0)
+    browser.open(write_report([run], tmp_path / "report.html"))
+    assert browser.run("return view.charts[0].x.ticks(15, view.axis)") == [0, 1, 2]
+
+
 def test_a_spike_in_a_long_run_is_found(browser, tmp_path):
     run = tmp_path / "long"
     run.mkdir()

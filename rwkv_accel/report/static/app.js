@@ -2,8 +2,8 @@
 // The view: what is shown of which runs, over which axis; everything is drawn from it.
 
 const AXES = {
-  step: { key: "step", label: "step", tick: compact, exact: Format.integer },
-  tokens: { key: "tokens_seen", label: "tokens", tick: Format.count, exact: Format.integer },
+  step: { key: "step", label: "step", tick: compact, exact: Format.integer, least: 1 },
+  tokens: { key: "tokens_seen", label: "tokens", tick: Format.count, exact: Format.integer, least: 1 },
   time: { key: "seconds", label: "wall time", tick: Format.tickDuration, exact: Format.duration, steps: TIME_STEPS },
 };
 // Columns with a chart of their own; any other number of a record gets one below "more".
@@ -65,11 +65,14 @@ function lossLines() {
   });
 }
 
-// Exponential mean over the steps that remembers this share of the run; gaps are bridged.
+// Exponential mean over the steps that remembers this share of the run; gaps are bridged, but not the one at the end:
+// a run whose loss is lost has no curve from there.
 function smoothed(steps, values, share) {
   const reach = share * (steps[steps.length - 1] - steps[0]) || 1;
+  const end = values.findLastIndex((value) => value !== null);
   let sum = 0, weight = 0;
   return values.map((value, i) => {
+    if (i > end) return null;
     const gap = i ? steps[i] - steps[i - 1] : 1, keep = Math.exp(-gap / reach);
     if (value === null) return weight ? sum / weight : null;
     sum = keep * sum + (1 - keep) * value;

@@ -98,7 +98,7 @@ class Chart {
     }
     context.textBaseline = "top";
     context.textAlign = "center";
-    for (const value of this.x.ticks(Math.max(2, Math.floor(width / 75)), this.view.axis.steps)) {
+    for (const value of this.x.ticks(Math.max(2, Math.floor(width / 75)), this.view.axis)) {
       const x = Math.round(this.x.at(value)) + 0.5;
       segment(context, x, MARGIN.top, x, height - MARGIN.bottom);
       const label = this.view.axis.tick(value), half = context.measureText(label).width / 2;

@@ -23,13 +23,14 @@ class Scale {
     return this.log ? 10 ** folded : folded;
   }
 
-  ticks(most, steps) {
-    return this.log ? this.logTicks(most) : this.evenTicks(most, steps);
+  // axis: the sizes of its steps, or the least one.
+  ticks(most, axis) {
+    return this.log ? this.logTicks(most) : this.evenTicks(most, axis);
   }
 
-  evenTicks(most, steps) {
-    const rough = (this.high - this.low) / Math.max(1, most);
-    const step = steps ? steps.find((size) => size >= rough) || niceStep(rough / 86400) * 86400 : niceStep(rough);
+  evenTicks(most, { steps = null, least = 0 } = {}) {
+    const rough = (this.high - this.low) / Math.max(1, most), nice = Math.max(least, niceStep(rough));
+    const step = steps ? steps.find((size) => size >= rough) || niceStep(rough / 86400) * 86400 : nice;
     const found = [];
     for (let n = Math.ceil(this.low / step - 1e-9); n * step <= this.high * (1 + 1e-12) + 1e-300; n++) {
       found.push(parseFloat((n * step).toPrecision(12)));

@@ -9,7 +9,7 @@ function drawOverview(place, view) {
       view.runs.length > 1 ? make("h3", {}, swatch(run.index), run.name) : null,
       make("div", { class: "cards" }, run.headline.map((card) => make("div", {},
         make("div", { class: "label" }, card.label),
-        make("div", { class: "value num" + (card.label === "status" ? " " + card.value : "") }, card.value),
+        make("div", { class: "value num" + (card.label === "status" ? " " + card.value : card.value === "not finite" ? " lost" : "") }, card.value),
         make("span", { class: "note num" }, card.note)))), warnings(run)))));
 }
 

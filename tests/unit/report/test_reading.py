@@ -1,6 +1,7 @@
 """What the page is told about a run, and that nothing missing or damaged stops it."""
 
 import json
+import math
 
 import pytest
 
@@ -56,6 +57,14 @@ def test_summary_and_cards(tmp_path):
     cards = {card["label"]: (card["value"], card["note"]) for card in run["headline"]}
     assert cards["status"] == ("finished", "step 100, 2 starts")
     assert cards["tokens"] == ("64k", "31% of them targets")
+
+
+@pytest.mark.parametrize(("since", "before"), [(71, f", {loss_at(70):.4f} before"), (1, "")])
+def test_a_loss_that_is_lost_at_the_end_is_no_loss(tmp_path, since, before):
+    run = read_run(write_run(tmp_path / "run", loss=lambda step: loss_at(step) if step < since else math.nan), "run")
+    assert run["summary"]["last loss"] == f"not finite since step {since}{before}"
+    assert {"label": "training loss", "value": "not finite", "note": f"since step {since}"} in run["headline"]
+    assert run["notes"] == [f"{101 - since} of 100 records have no finite loss, the first at step {since}"]
 
 
 def test_recipe_is_flat_and_knows_what_is_not_the_default(tmp_path):

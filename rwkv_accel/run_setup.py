@@ -30,6 +30,7 @@ from rwkv_accel.config.load import dump_config
 from rwkv_accel.config.schema import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainerConfig
 from rwkv_accel.data.loader import TrainLoader, build_train_loader
 from rwkv_accel.data.packing import Subset
+from rwkv_accel.data.sources import set_names
 from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.disk import foresee_space, prove_writable
 from rwkv_accel.errors import UserError
@@ -262,8 +263,8 @@ def build_eval_sets(config: RunConfig, accelerator: Accelerator) -> list[tuple[s
     plain: dict[str, Any] = {"shuffle": False, "weights": None, "sampling": "documents", "streaming": False}
     plain["max_documents"] = config.eval.limit_examples
     return [
-        (Path(path).stem, _loader(config, config.data.model_copy(update={**plain, "path": path}), trainer, accelerator))
-        for path in paths
+        (name, _loader(config, config.data.model_copy(update={**plain, "path": path}), trainer, accelerator))
+        for name, path in zip(set_names(paths), paths)
     ]
 
 

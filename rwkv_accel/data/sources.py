@@ -10,7 +10,7 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +84,23 @@ def missing_files(path: str) -> list[str]:
     pair = [stem.with_name(stem.name + suffix) for suffix in BINIDX_KINDS]
     is_pair = local.suffix in BINIDX_KINDS or (not local.exists() and pair[0].is_file())
     return [str(file) for file in (pair if is_pair else [local]) if not file.exists()]
+
+
+def set_names(paths: Sequence[str]) -> list[str]:
+    """What logs call each file: its name without suffix, after as many folders as tell it from the others.
+
+    Raises:
+        UserError: a file is given twice.
+    """
+    parts = [Path(path).with_suffix("").parts for path in paths]
+    names = []
+    for index, (path, own) in enumerate(zip(paths, parts)):
+        if path in paths[:index]:
+            raise UserError(f"{path} is given twice in the eval section; name it once")
+        unlike = [n for n in range(1, len(own) + 2) if sum(other[-n:] == own[-n:] for other in parts) == 1]
+        # Files that differ in the suffix alone keep it.
+        names.append("/".join(own[-unlike[0] :]) if unlike else path)
+    return names
 
 
 def read_records(source: Source, data: DataConfig) -> Iterator[Record]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rwkv_accel.config.schema import DataConfig
@@ -66,8 +65,8 @@ class TaskSet:
     examples: tuple[Any, ...]
 
 
-def read_choices(path: str, data: DataConfig, tokenizer: Tokenizer, limit: int | None) -> TaskSet:
-    """A multiple-choice file. Raises UserError that names file and line."""
+def read_choices(name: str, path: str, data: DataConfig, tokenizer: Tokenizer, limit: int | None) -> TaskSet:
+    """A multiple-choice file as the set `name`. Raises UserError that names file and line."""
     reader = _PromptReader(data, tokenizer)
 
     def example(place: str, fields: Mapping[str, Any]) -> ChoiceExample:
@@ -75,11 +74,11 @@ def read_choices(path: str, data: DataConfig, tokenizer: Tokenizer, limit: int |
         texts, answer = _choices(fields)
         return ChoiceExample(place, tuple(reader.choice(place, prompt, text) for text in texts), answer)
 
-    return _read(path, data, limit, example)
+    return TaskSet(name, _read(path, data, limit, example))
 
 
-def read_answers(path: str, data: DataConfig, tokenizer: Tokenizer, limit: int | None) -> TaskSet:
-    """A file of questions with answers. Raises UserError that names file and line."""
+def read_answers(name: str, path: str, data: DataConfig, tokenizer: Tokenizer, limit: int | None) -> TaskSet:
+    """A file of questions with answers as the set `name`. Raises UserError that names file and line."""
     reader = _PromptReader(data, tokenizer)
 
     def example(place: str, fields: Mapping[str, Any]) -> AnswerExample:
@@ -90,7 +89,7 @@ def read_answers(path: str, data: DataConfig, tokenizer: Tokenizer, limit: int |
             raise UserError(f'"answer" must be a text, a number, or a list of them, got {shown(value)}')
         return AnswerExample(place, reader.prompt(place, _prompt(fields), answers[0]), answers)
 
-    return _read(path, data, limit, example)
+    return TaskSet(name, _read(path, data, limit, example))
 
 
 class _PromptReader:
@@ -123,7 +122,7 @@ class _PromptReader:
 
 def _read(
     path: str, data: DataConfig, limit: int | None, example: Callable[[str, Mapping[str, Any]], Example]
-) -> TaskSet:
+) -> tuple[Example, ...]:
     found: list[Example] = []
     for place, fields in _records(path, data):
         if len(found) == limit:
@@ -134,7 +133,7 @@ def _read(
             raise UserError(f"{place}: {error}; mend or remove the record") from None
     if not found:
         raise UserError(f"{path} has no examples; write one JSON object per line")
-    return TaskSet(Path(path).stem, tuple(found))
+    return tuple(found)
 
 
 def _records(path: str, data: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:

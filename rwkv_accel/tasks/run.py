@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rwkv_accel.config.schema import EvalConfig, RunConfig
+from rwkv_accel.data.sources import set_names
 from rwkv_accel.data.tokenizer import Tokenizer
 from rwkv_accel.errors import UserError
 from rwkv_accel.generation.engine import TextGenerator
@@ -34,9 +35,10 @@ def read_tasks(config: RunConfig, tokenizer: Tokenizer, vocab_size: int) -> Task
         UserError: a record cannot be used, or the model has fewer tokens than the tokenizer.
     """
     settings = config.data, tokenizer, config.eval.limit_examples
+    choices, answers = _paths(config.eval.choices_path), _paths(config.eval.answers_path)
     tasks = Tasks(
-        tuple(read_choices(path, *settings) for path in _paths(config.eval.choices_path)),
-        tuple(read_answers(path, *settings) for path in _paths(config.eval.answers_path)),
+        tuple(read_choices(name, path, *settings) for name, path in zip(set_names(choices), choices)),
+        tuple(read_answers(name, path, *settings) for name, path in zip(set_names(answers), answers)),
     )
     if (tasks.choices or tasks.answers) and tokenizer.vocab_size > vocab_size:
         raise UserError(

@@ -33,7 +33,7 @@ def model():
 def task(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return read_choices(str(path), DataConfig(path="-", template="raw"), build_tokenizer("byte"), None)
+    return read_choices("f", str(path), DataConfig(path="-", template="raw"), build_tokenizer("byte"), None)
 
 
 def alone(index=0, world=1):

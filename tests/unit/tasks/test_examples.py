@@ -13,7 +13,7 @@ from rwkv_accel.tasks.examples import read_answers, read_choices
 def read(reader, tmp_path, *rows, limit=None, **data):
     path = tmp_path / "set.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return reader(str(path), DataConfig(path="-", **data), build_tokenizer("byte"), limit)
+    return reader("set", str(path), DataConfig(path="-", **data), build_tokenizer("byte"), limit)
 
 
 def text(ids):

@@ -21,5 +21,5 @@ def test_as_many_folders_as_tell_files_apart(paths, names):
 
 
 def test_a_file_given_twice_is_refused():
-    with pytest.raises(UserError, match="^b.jsonl is given twice in the eval section; name it once$"):
+    with pytest.raises(UserError, match=r"^b\.jsonl is given twice in the eval section; name it once$"):
         set_names(["a.jsonl", "b.jsonl", "b.jsonl"])

@@ -25,8 +25,6 @@ CREDENTIALS = {
     # Nothing of the machine: its profiles, and a proxy that cannot see this host's own address.
     "AWS_CONFIG_FILE": "/nonexistent",
     "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
-    "NO_PROXY": "127.0.0.1",
-    "no_proxy": "127.0.0.1",
 }
 BUCKET = "runs"
 

@@ -22,7 +22,7 @@ CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "tests",
     "AWS_SECRET_ACCESS_KEY": "tests",
     "AWS_DEFAULT_REGION": "us-east-1",
-    # Nothing of the machine: its profiles, and a proxy that cannot see this host's own address.
+    # Nothing of the machine's profiles.
     "AWS_CONFIG_FILE": "/nonexistent",
     "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
 }

@@ -35,6 +35,12 @@ LOST_SECONDS = 120.0
 EXIT_GRACE_SECONDS = 60.0
 # There when a machine has NVIDIA or AMD GPUs, granted to this job or not.
 GPU_DRIVERS = (Path("/proc/driver/nvidia/gpus"), Path("/dev/kfd"))
+# Why a node that wants to join, for the first time or again, cannot.
+RENDEZVOUS_ENDS = {
+    "RendezvousConnectionError": "node 0, which hosts the rendezvous, has ended or is lost; look at its output",
+    "RendezvousClosedError": "the run has ended on the other nodes; look at the output of node 0",
+    "RendezvousTimeoutError": "fewer than --min_machines nodes came; start the missing ones, or allow fewer",
+}
 # Trainers save and stop on these. A hang-up (a closed ssh connection) is turned into SIGTERM.
 FORWARDED_SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 
@@ -131,6 +137,7 @@ class Session:
         """In place of torch.distributed.run.run, with the arguments that Accelerate made."""
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous.api import RendezvousError
 
         args.signals_to_handle = FORWARDED_SIGNALS
         self._check_gpus(args)
@@ -149,6 +156,9 @@ class Session:
             raise _Ended(code) from None
         except SignalException as error:
             raise _Ended(128 + int(error.sigval)) from None
+        except RendezvousError as error:
+            say(f"no place in the run any more: {RENDEZVOUS_ENDS.get(type(error).__name__, str(error))}")
+            raise _Ended(1) from None
         self._close(failed)
 
     def _check_gpus(self, args: Any) -> None:

@@ -85,7 +85,7 @@ def plan(
     cpus_per_task: int | None = None,
     array_task: int = 0,
 ) -> str:
-    """What the script would run, as text: sbatch's directives, then environment and command of each node.
+    """What the script would run, as text: sbatch's options, then environment and command of each node.
 
     Raises:
         UserError: the script does not exist, or it refuses its arguments.
@@ -105,6 +105,8 @@ def plan(
             "SLURM_ARRAY_TASK_ID": array_task,
             **({"SLURM_GPUS_ON_NODE": gpus_per_node} if gpus_per_node else {}),
         }
+        asked |= {"nodes": str(nodes), "cpus-per-task": str(settings["SLURM_CPUS_PER_TASK"])}
+        asked |= {"gpus-per-node": str(gpus_per_node)} if gpus_per_node else {}
     with tempfile.TemporaryDirectory() as folder:
         for name, body in STAND_INS.items():
             stand_in = Path(folder) / name
@@ -124,7 +126,9 @@ def plan(
         # The stand-ins for ssh run at the same time: put each host's lines together.
         hosts = list(dict.fromkeys(line.split(": ")[0] for line in sorted(lines)))
         lines = sorted(lines, key=lambda line: hosts.index(line.split(": ")[0]))
-    return "\n".join([*(f"sbatch {d}" for d in directives), *lines, ""])
+    flags = [d for d in directives if "=" not in d]
+    options = [*(f"--{name}={value}" for name, value in asked.items()), *flags] if directives else []
+    return "\n".join([*(f"sbatch {option}" for option in options), *lines, ""])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,8 @@ note() { echo "[job ${SLURM_JOB_ID} $(date +%T)] $*"; }
 # limit, or a pre-emption) asks the trainer through a file to save and stop: signals to the launchers would race.
 train() {
   MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  MAIN_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node do not meet
+  # Two jobs on one node do not meet, nor the ports from 32768 that Linux gives to outgoing connections.
+  MAIN_PORT=$((20000 + SLURM_JOB_ID % 12000))
   PROCESSES_PER_NODE=$(granted_processes)
   job_files=${JOB_FILES:-$PWD/slurm-files/$SLURM_JOB_ID}
   export MAIN_ADDRESS MAIN_PORT PROCESSES_PER_NODE ACCELERATE_CONFIG
@@ -26,11 +27,11 @@ train() {
   trap 'ask_to_stop TERM' TERM
 
   note "$SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x $PROCESSES_PER_NODE processes, restart ${SLURM_RESTART_COUNT:-0}, node 0 is $MAIN_ADDRESS:$MAIN_PORT: $*"
-  # Since 22.05 srun does not take --cpus-per-task over from sbatch.
+  # Since 22.05 srun does not take --cpus-per-task over from sbatch; after `sbatch --export=NONE` it passes nothing on.
   # shellcheck disable=SC2086  # SRUN_OPTIONS is a list of words
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    --kill-on-bad-exit=1 --label ${SRUN_OPTIONS:-} bash launch/slurm/node.sh "$@" &
+    --kill-on-bad-exit=1 --export=ALL --label ${SRUN_OPTIONS:-} bash launch/slurm/node.sh "$@" &
   local srun_pid=$!
   exit_code=0
   # A trapped signal ends `wait` early: go on until srun is gone.

@@ -25,6 +25,8 @@ BEAT_SECONDS = 1.0
 # A node that has not beaten for this long when another one fails is taken for the cause.
 SILENT_SECONDS = 4.0
 SAY_MISSING_SECONDS = 30.0
+# A node that has been quiet for so long is named, well before it is given up.
+SAY_SILENT_SECONDS = 15.0
 
 
 @dataclass
@@ -32,6 +34,8 @@ class _Peer:
     beat: bytes = b""
     changed_at: float = field(default_factory=time.monotonic)
     ended: bool = False
+    quiet: bool = False
+    """Named as silent, and not back yet."""
     lost: bool = False
 
 
@@ -223,13 +227,21 @@ class PeerWatch:
                 self._on_lost()
                 return
             for node, peer in self._peers.items():
-                silent = bool(peer.beat) and not peer.ended and self._age(node) > self.lost_seconds
-                if silent and not peer.lost:
-                    self._say(f"{self._name(node)} is lost: not heard of for {self._age(node):.0f} s")
-                    self._on_lost()
-                elif peer.lost and not silent:
-                    self._say(f"{self._name(node)} is back")
-                peer.lost = silent
+                if peer.beat and not peer.ended:
+                    self._judge_peer(node, peer)
+
+    def _judge_peer(self, node: int, peer: _Peer) -> None:
+        age = self._age(node)
+        if age > self.lost_seconds and not peer.lost:
+            peer.quiet = peer.lost = True
+            self._say(f"{self._name(node)} is lost: not heard of for {age:.0f} s")
+            self._on_lost()
+        elif age > SAY_SILENT_SECONDS and not peer.quiet:
+            peer.quiet = True
+            self._say(f"{self._name(node)} is silent: not heard of for {age:.0f} s")
+        elif age < SILENT_SECONDS and peer.quiet:
+            peer.quiet = peer.lost = False
+            self._say(f"{self._name(node)} is back")
 
     def _silent(self, node: int) -> bool:
         return self._age(node) > SILENT_SECONDS

@@ -131,7 +131,7 @@ def efficiency(
 
 RELEASED = {"1.5B": (24, 2048), "7.2B": (32, 4096), "13.3B": (61, 4096)}
 METHODS = {"LoRA, rank 64": PeftConfig(rank=64), "full": PeftConfig(method="full")}
-TABLE_GPUS = (8, 16, 64, 256, 1024)
+TABLE_GPUS = (1, 8, 16, 64, 256, 1024)
 TABLE_TOKENS = 16384
 TABLE_MICRO_BATCHES = 4
 ONE_CARD, EIGHT_CARDS = Cluster(), Cluster(node_link=8 * Cluster.node_link)
@@ -139,7 +139,7 @@ ONE_CARD, EIGHT_CARDS = Cluster(), Cluster(node_link=8 * Cluster.node_link)
 
 def readme_table() -> Iterator[str]:
     """Lines of the table in launch/README.md."""
-    heads = [f"{n} GPUs" for n in TABLE_GPUS] + [f"{TABLE_GPUS[-1]}, 8 cards"]
+    heads = [f"{n} GPU{'s' * (n > 1)}" for n in TABLE_GPUS] + [f"{TABLE_GPUS[-1]}, 8 cards"]
     yield "| model | trained | strategy | sent | " + " | ".join(heads) + " |"
     yield "|---|---|---|---|" + "---|" * len(heads)
     for model, (n_layer, n_embd) in RELEASED.items():

@@ -4,14 +4,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from dataclasses import replace
 
 import pytest
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError
 
 from rwkv_accel import launch
-from rwkv_accel.cluster import network
+from rwkv_accel.cluster import PeerWatch, network
 from rwkv_accel.cluster.facts import NodeFacts, code_digest, compare, gather_facts, missing_paths, read_recipe
+from rwkv_accel.cluster.watch import _Peer
 from rwkv_accel.errors import UserError
 from tests.helpers import ROOT, environment
 
@@ -124,6 +127,41 @@ def test_equal_nodes_have_no_problem():
 )
 def test_each_difference_is_one_line(change, line):
     assert compare([FIRST, replace(FIRST, node=1, hostname="b", **change)]) == [line]
+
+
+def test_node_that_falls_silent_is_named_given_up_and_welcomed_back():
+    lines, given_up = [], []
+    watch = PeerWatch(
+        "10.0.0.1", 29500, FIRST, 2, min_nodes=1, join_seconds=9, lost_seconds=120,
+        on_lost=lambda: given_up.append(len(lines)), say=lines.append,
+    )  # fmt: skip
+    peer = _Peer(beat=b"1")
+    watch._peers, watch._names = {1: peer}, {1: "node 1 (b)"}
+    for silent_seconds in (10, 20, 60, 130, 140, 10, 1, 1, 20):
+        peer.changed_at = time.monotonic() - silent_seconds
+        watch._judge_peer(1, peer)
+    assert [line.split(":")[0] for line in lines] == [
+        "node 1 (b) is silent", "node 1 (b) is lost", "node 1 (b) is back", "node 1 (b) is silent",
+    ]  # fmt: skip
+    assert given_up == [2]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RendezvousConnectionError, "node 0, which hosts the rendezvous, has ended"),
+        (RendezvousClosedError, "has ended"),
+    ],
+)
+def test_node_that_finds_no_place_any_more_is_told_why(error, reason, capsys):
+    def refuses(args):
+        raise error("no")
+
+    session = launch.Session(launch.parse_args([])[0])
+    with pytest.raises(launch._Ended) as ended:
+        session._torchrun(refuses, Namespace(nnodes="1", nproc_per_node="1"))
+    assert ended.value.code == 1
+    assert reason in capsys.readouterr().err
 
 
 def test_of_several_nodes_the_odd_one_out_is_named():

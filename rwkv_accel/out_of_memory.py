@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from rwkv_accel.checkpoint.format import CHECKPOINTS_DIR, list_complete
 from rwkv_accel.config.schema import RunConfig
 from rwkv_accel.heartbeat import pulse
@@ -50,8 +52,10 @@ def remedies(config: RunConfig, strategy: str, world_size: int) -> list[str]:
             more = (trainer.accumulate_grad_batches or 1) * trainer.micro_batch_size // smaller
             keys += f" trainer.accumulate_grad_batches={more}"
         found.append(f"{keys} (the same global batch)")
-    if trainer.gradient_checkpointing != "block" and trainer.compile == "none":
+    if trainer.gradient_checkpointing in ("none", "selective"):
         found.append("trainer.gradient_checkpointing=block (the same result, slower)")
+    elif trainer.gradient_checkpointing == "block" and torch.cuda.is_available():
+        found.append("trainer.gradient_checkpointing=offload (the same result, what is kept waits on the host)")
     if trainer.precision == "32-true":
         found.append("trainer.precision=bf16-mixed")
     if peft.method != "full" and peft.base_quant == "none":

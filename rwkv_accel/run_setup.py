@@ -43,6 +43,7 @@ from rwkv_accel.model.compiled import check_compiler, compile_blocks
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.init import generate_init_weight
 from rwkv_accel.model.io import checkpoint_digest, read_checkpoint
+from rwkv_accel.model.offload import offload_remark
 from rwkv_accel.model.precision import Precision
 from rwkv_accel.optim import build_optimizer
 from rwkv_accel.peft.apply import load_model_and_apply_peft, print_model_param
@@ -116,6 +117,8 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     model.gradient_checkpointing = trainer.gradient_checkpointing
     model.l2wrap, model.loss_chunk_rows = trainer.l2wrap, trainer.loss_chunk_rows
     compile_blocks(model, trainer.compile)
+    if (remark := offload_remark(trainer.gradient_checkpointing, accelerator.device.type)) is not None:
+        logger.warning(remark)
     optimizer = build_optimizer(model, config.optim)
     if accelerator.is_main_process:
         print_model_param(model)

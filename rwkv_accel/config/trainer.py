@@ -55,9 +55,10 @@ class TrainerConfig(Strict):
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
     """32-true: all fp32. bf16-mixed: frozen weights and arithmetic in bf16, trained weights and moments fp32.
     16-mixed: the same in fp16, with a loss scale that adapts, for GPUs without bf16. bf16-true: all weights bf16."""
-    gradient_checkpointing: Literal["none", "block", "selective"] = "none"
-    """block: keep only the input of each block and recompute the rest in the backward pass. selective: recompute what
-    lies between the large matrix products of the time mix (recurrence included) and keep the products."""
+    gradient_checkpointing: Literal["none", "block", "offload", "selective"] = "none"
+    """block: keep only the input of each block and recompute the rest in the backward pass. offload: the same, with the
+    inputs in the host's memory until they are needed (on a CPU that is block). selective: recompute what lies between
+    the large matrix products of the time mix (recurrence included) and keep the products."""
     compile: Literal["none", "inductor", "aot_eager"] = "none"
     """Compile each block with torch.compile, as one graph. inductor (or true): fused kernels; needs a C++ compiler, on
     a GPU Triton. aot_eager: traced but not fused, to look for the cause of a difference."""

@@ -15,6 +15,7 @@ from rwkv_accel.model.channel_mix import ChannelMix
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.head import LMHead, as_head
 from rwkv_accel.model.layers import Documents, LayerNorm, Linear, last_tokens
+from rwkv_accel.model.offload import Offload
 from rwkv_accel.model.recompute import LayerState, run_block
 from rwkv_accel.model.state import RWKV7State
 from rwkv_accel.model.time_mix import TimeMix
@@ -65,8 +66,9 @@ class RWKV7(nn.Module):
         self.compute_dtype = compute_dtype
         self.wkv_backend = wkv_backend
         self.gradient_checkpointing = "none"
-        """none; block: keep only the input of each block and recompute the rest in the backward pass; selective:
-        recompute only what lies between the matrix products of the time mix."""
+        """none; block: keep only the input of each block and recompute the rest in the backward pass; offload: the
+        same, and keep the inputs on the host; selective: recompute only what lies between the matrix products of the
+        time mix."""
         self.l2wrap = 1e-4
         self.loss_chunk_rows = 512
         nan_VC = torch.full((config.vocab_size, config.n_embd), float("nan"))
@@ -148,13 +150,15 @@ class RWKV7(nn.Module):
         rows = ids_BT.shape[0] if documents is None else len(documents.first_S)
         if state is not None and state.batch_size != rows:
             raise ValueError(f"the state has {state.batch_size} rows, the batch has {rows} sequences")
-        recompute, selective = (self.gradient_checkpointing == mode for mode in ("block", "selective"))
+        mode = self.gradient_checkpointing
+        recompute, selective = mode in ("block", "offload"), mode == "selective"
+        offload = Offload() if mode == "offload" else None
         final = RWKV7State([], [], [])
         x_BTC = self.emb(ids_BT).to(self.compute_dtype)
         v_first_BTC = None
         for layer, block in enumerate(self.blocks):
             args = (x_BTC, v_first_BTC, None if state is None else state.layer(layer), documents, backend, selective)
-            out = run_block(block, *args) if recompute else block(*args)
+            out = run_block(block, *args, offload=offload) if recompute else block(*args)
             x_BTC, v_first_BTC = out[:2]
             if return_state:
                 for kept, value in zip((final.att_shift, final.wkv, final.ffn_shift), out[2:]):

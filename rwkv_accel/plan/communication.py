@@ -68,6 +68,8 @@ class Cluster:
     """Per GPU, within a node (NVLink 4: 450 GB/s on paper)."""
     node_link: float = 40e9
     """Per node, all its network cards together (one 400 Gb/s card: 50 GB/s on paper)."""
+    host_link: float = 25e9
+    """Per GPU, to the host's memory and back (16 lanes of PCIe 4: 32 GB/s on paper)."""
     latency_seconds: float = 20e-6
     """Per collective and doubling of the number of processes."""
     gpu_flops: float = 400e12

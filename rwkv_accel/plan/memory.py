@@ -100,6 +100,7 @@ def estimate(
     host = 0
     if offload:
         host, moments = moments + gradients, 0
+    host += activations.on_host
     buffers = _buffers(zero, weights)
 
     kept, peak_of_pass = activations.kept, max(activations.forward_peak, activations.backward_peak)
@@ -116,7 +117,8 @@ def estimate(
     training = training_of(weights, job.accumulation)
     shared: Strategy = {"single": "ddp", "fsdp2": "zero3"}.get(zero, zero)  # type: ignore[assignment]
     update, tokens_per_update = update_of(shared, training), micro_batch_size * tokens * job.accumulation
-    compute = compute_seconds(training, tokens_per_update, job.cluster, recompute=checkpointing == "block")
+    compute = compute_seconds(training, tokens_per_update, job.cluster, recompute=checkpointing in ("block", "offload"))
+    moving = 2 * job.accumulation * activations.on_host / job.cluster.host_link
     return Estimate(
         strategy=strategy,
         micro_batch_size=micro_batch_size,
@@ -132,7 +134,7 @@ def estimate(
         peak=peak,
         host=host,
         sent=update.bytes_per_process(job.gpus),
-        seconds=compute + update.seconds(job.gpus, job.cluster),
+        seconds=compute + moving + update.seconds(job.gpus, job.cluster),
     )
 
 

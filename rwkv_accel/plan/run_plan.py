@@ -26,7 +26,7 @@ RELEASED = {
 }  # fmt: skip
 """Blocks and channels of the released models, by the size in their names."""
 VOCAB_SIZE = 65536
-MODES = ("none", "selective", "block")
+MODES = ("none", "selective", "block", "offload")
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 TRACED_ROWS = (1, 4)
 """Micro-batches that are traced; what lies between and beyond is on the line through them."""

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from rwkv_accel.config.schema import PeftConfig
 from rwkv_accel.model.config import RWKV7Config
+from rwkv_accel.model.offload import MOVERS
 from rwkv_accel.model.precision import Precision
 from rwkv_accel.model.rwkv7 import RWKV7
 from rwkv_accel.ops.wkv7 import layout
@@ -66,6 +67,8 @@ class Activations:
     backward_peak: int
     one_block_peak: int
     """The backward peak in a model of one block: what is alive when the backward pass reaches the first block."""
+    on_host: int = 0
+    """Alive in the host's memory between forward and backward; moved there and back."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,8 @@ def activations_of(config: RWKV7Config, peft: PeftConfig, precision: Precision, 
     plan = make_plan(config, peft.model_copy(update={"layer_range": None}))
     first, second = (_run(replace(config, n_layer=n), plan, precision, work) for n in (FIRST, SECOND))
     further = config.n_layer - first_trained - FIRST
-    kept, forward, backward = (a + further * (b - a) for a, b in zip(first, second))
-    return Activations(kept, forward, backward, first[2] - (second[2] - first[2]))
+    kept, forward, backward, on_host = (a + further * (b - a) for a, b in zip(first, second))
+    return Activations(kept, forward, backward, first[2] - (second[2] - first[2]), on_host)
 
 
 def meta_model(config: RWKV7Config, plan: Plan, precision: Precision) -> RWKV7:
@@ -177,8 +180,8 @@ class _Live(TorchDispatchMode):
         self.live -= size
 
 
-def _run(config: RWKV7Config, plan: Plan, precision: Precision, work: Work) -> tuple[int, int, int]:
-    """(kept between forward and backward, forward's peak, backward's peak) of a model."""
+def _run(config: RWKV7Config, plan: Plan, precision: Precision, work: Work) -> tuple[int, int, int, int]:
+    """(kept between forward and backward, forward's peak, backward's peak, kept on the host) of a model."""
     model = meta_model(config, plan, precision)
     model.gradient_checkpointing, model.loss_chunk_rows = work.checkpointing, work.loss_chunk_rows
     for param in model.parameters():
@@ -189,11 +192,11 @@ def _run(config: RWKV7Config, plan: Plan, precision: Precision, work: Work) -> t
     ids_BT = torch.empty(shape, dtype=torch.int64, device="meta")
     rows_R = torch.empty(num_tokens, dtype=torch.int64, device="meta")
     borders = range(0, num_tokens + 1, work.tokens) if work.packed else None
-    with _segments_of(work.device_type), _Live() as count:
+    with _segments_of(work.device_type), _moving() as host, _Live() as count:
         loss = model(ids_BT, ids_BT, target_rows=rows_R, cu_seqlens=None if borders is None else list(borders))
         kept, forward_peak, count.peak = count.live, count.peak, 0
         loss.backward()
-    return kept, forward_peak, count.peak
+    return kept, forward_peak, count.peak, host.moved
 
 
 def _drop_grad(param: Tensor) -> None:
@@ -212,6 +215,35 @@ def _segments_of(device_type: str) -> Iterator[None]:
     finally:
         del layout.SEGMENT_BYTES["meta"]
         clear()
+
+
+class _Host:
+    """Takes the data of tensors that have none, and counts their bytes."""
+
+    def __init__(self) -> None:
+        self.moved = 0
+
+    def out(self, x: Tensor) -> tuple[torch.Size, torch.dtype]:
+        self.moved += _bytes(x)
+        return x.shape, x.dtype
+
+    def back(self, host: tuple[torch.Size, torch.dtype]) -> Tensor:
+        shape, dtype = host
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def arrived(self, x: Tensor) -> None:
+        pass
+
+
+@contextmanager
+def _moving() -> Iterator[_Host]:
+    """What a device would move to the host is counted."""
+    host = _Host()
+    MOVERS["meta"] = host
+    try:
+        yield host
+    finally:
+        del MOVERS["meta"]
 
 
 def _meta_tensors(tree: Any) -> list[Tensor]:

@@ -295,6 +295,17 @@ def test_compile_reaches_the_blocks(run, monkeypatch, tmp_path):
     assert compiled == [("Block", {"backend": "aot_eager"})]
 
 
+def test_offload_on_a_cpu_is_said_to_be_block(run, caplog, tmp_path):
+    for mode in ("block", "offload"):
+        caplog.clear()
+        path = f"out_dir={tmp_path}/{mode}/out"
+        assert run(path, f"trainer.gradient_checkpointing={mode}", "trainer.max_steps=2") == 0
+        remarks = [r.getMessage() for r in caplog.records if "gradient_checkpointing offload" in r.getMessage()]
+        assert len(remarks) == (mode == "offload")
+    losses = [[r["loss"] for r in read(tmp_path / mode / "out" / "loss_data.json")] for mode in ("block", "offload")]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize(
     ("overrides", "needle"),
     [

@@ -102,6 +102,15 @@ def test_remedies_fit_the_run(recipe, overrides, strategy, world, expected, abse
         load_config(recipe, [o for o in overrides if o.split("=")[0] not in names] + keys)
 
 
+def test_a_gpu_can_give_more_to_the_host(recipe, monkeypatch):
+    overrides = ["trainer.gradient_checkpointing=block"]
+    for has_gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        text = "; ".join(remedies(load_config(recipe, overrides), "single", 1))
+        assert ("trainer.gradient_checkpointing=offload" in text) is has_gpu
+        assert "gradient_checkpointing=block" not in text
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
 def test_way_of_launching_is_known_without_an_accelerator(name, monkeypatch):
     for variable, value in {**launcher_environment(name, 2), "WORLD_SIZE": "2"}.items():

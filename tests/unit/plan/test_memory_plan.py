@@ -127,6 +127,28 @@ def test_offload_moves_moments_and_gradients_to_the_host(lora):
     assert offloaded.peak < plain.peak
 
 
+def test_offload_moves_the_inputs_of_blocks_to_the_host():
+    num_blocks, channels, tokens, rows = 6, 128, 64, 2
+    config = RWKV7Config.for_new_model(num_blocks, channels, 512, 64)
+    precision = Precision.from_name("bf16-mixed")
+    work = {mode: Work(rows, tokens, checkpointing=mode) for mode in ("block", "offload")}
+    block, offload = (activations_of(config, PeftConfig(), precision, work[mode]) for mode in work)
+    one_input = rows * tokens * channels * 2
+    assert (block.on_host, offload.on_host) == (0, num_blocks * one_input)
+    assert block.kept - offload.kept == num_blocks * one_input
+    assert offload.backward_peak < block.backward_peak
+    weights = weights_of(config, PeftConfig(), precision)
+    options = {"micro_batch_size": rows, "tokens": tokens}
+    with_block, with_offload = (
+        estimate("single", weights, a, Job(1, "adamw", 2), **options, checkpointing=mode)
+        for mode, a in (("block", block), ("offload", offload))
+    )
+    assert with_offload.host - with_block.host == offload.on_host
+    # Two micro-batches, there and back.
+    moved_seconds = 2 * 2 * offload.on_host / Job(1, "adamw", 2).cluster.host_link
+    assert with_offload.seconds - with_block.seconds == pytest.approx(moved_seconds)
+
+
 def test_numbers_for_the_traffic_are_those_of_the_model(lora):
     weights, _ = lora
     training = training_of(weights, 3)

@@ -51,7 +51,9 @@ def plan(work):
 def test_every_strategy_micro_batch_and_mode_is_there(plan):
     found = {(e.strategy, e.micro_batch_size, e.checkpointing) for e in plan.estimates}
     strategies = {"ddp", "fsdp2", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"}
-    assert found == {(s, m, c) for s in strategies for m in (1, 2, 4) for c in ("none", "selective", "block")}
+    assert found == {
+        (s, m, c) for s in strategies for m in (1, 2, 4) for c in ("none", "selective", "block", "offload")
+    }
     assert {e.accumulation * e.micro_batch_size for e in plan.estimates} == {4}
 
 
@@ -59,7 +61,7 @@ def test_more_rows_and_less_recomputing_take_more(plan):
     peaks = {(e.micro_batch_size, e.checkpointing): e.peak for e in plan.estimates if e.strategy == "ddp"}
     assert peaks[1, "none"] < peaks[2, "none"] < peaks[4, "none"]
     kept = {mode: activations.kept for mode, activations in plan.activations.items()}
-    assert kept["block"] < kept["selective"] < kept["none"]
+    assert kept["offload"] < kept["block"] < kept["selective"] < kept["none"]
 
 
 def test_traffic_is_that_of_the_one_source_of_formulas(plan):

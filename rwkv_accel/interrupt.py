@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rwkv_accel.runtime import EXIT_STOPPED, is_main_process, stop_file
+from rwkv_accel.runtime import SIGNALS, end_by_signal, is_main_process, stop_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from rwkv_accel.checkpoint.cadence import SaveCadence
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A terminal and a launcher both pass a Ctrl-C on: two signals within this time are one.
 SAME_SIGNAL_SECONDS = 1.0
 
@@ -90,8 +88,7 @@ class StopRequest:
     def _on_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()
         if not self._deferred:
-            sys.stderr.write(f"stopped by {signal.Signals(number).name}; nothing was lost\n")
-            raise SystemExit(EXIT_STOPPED)
+            end_by_signal(number, frame)
         if self.reason is None:
             self.reason, self._received_at = signal.Signals(number).name, now
         elif now - self._received_at > SAME_SIGNAL_SECONDS:

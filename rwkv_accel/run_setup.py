@@ -102,7 +102,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     check_answers(config, accelerator)
     identity = identity_of(config, loader)
     if saved:
-        check_same_run(saved["config"], identity)
+        check_same_run(saved["config"], identity, resume_from)
     base, digest = prepare_base(config, accelerator)
     if saved:
         check_same_base(saved["base_digest"], digest, resume_from)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EXIT_USER_ERROR = 2
+# What asks a run to stop: Ctrl-C, a scheduler's end, Slurm's warning.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # Stopped by a signal after saving: a launcher should start the same command again (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
 # Ended by the watchdog (EX_SOFTWARE).
@@ -106,6 +108,19 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def end_on_signals() -> None:
+    """Until training takes the signals over, one ends the process and asks the launcher for another start."""
+    for number in SIGNALS:
+        signal.signal(number, end_by_signal)
+
+
+def end_by_signal(number: int, frame: Any) -> NoReturn:
+    """Handler of a signal while there is nothing to save."""
+    # Not through sys.stderr, which the signal may have interrupted in the midst of a line.
+    os.write(2, f"stopped by {signal.Signals(number).name}; nothing was lost\n".encode())
+    raise SystemExit(EXIT_STOPPED)
 
 
 def end_with_launcher() -> None:

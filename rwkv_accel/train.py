@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rwkv_accel.config.load import dump_config, load_config
 from rwkv_accel.errors import UserError
 from rwkv_accel.runtime import (
+    end_on_signals,
     end_with_launcher,
     fail,
     is_main_process,
@@ -76,4 +77,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     run_program(main)

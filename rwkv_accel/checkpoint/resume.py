@@ -110,11 +110,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     return read_document(folder, STATE_FILE)
 
 
-def check_same_run(saved_config: dict[str, Any], config: dict[str, Any]) -> None:
+def check_same_run(saved_config: dict[str, Any], config: dict[str, Any], checkpoint: object) -> None:
     """Refuse to continue a run under a recipe that contradicts it; another length of the run is announced.
 
     Both are dumps of RunConfig, with the rows per update in trainer.global_batch_size where they follow from
-    other keys. Keys that only one side knows come from another version of the schema and are not compared.
+    other keys. Keys that only one side knows come from another version of the schema and are not compared. The
+    checkpoint is named in the message.
 
     Raises:
         UserError: names each key that differs, with both values.
@@ -127,7 +128,7 @@ def check_same_run(saved_config: dict[str, Any], config: dict[str, Any]) -> None
         _compare(_get(saved, key), _get(new, key), key, differing)
     if differing:
         raise UserError(
-            f"the recipe contradicts the checkpoint: {'; '.join(differing)}. Put the old values back to "
+            f"the recipe contradicts the checkpoint {checkpoint}: {'; '.join(differing)}. Put the old values back to "
             "continue, or give another out_dir (and checkpoint.remote_url) for a new run"
         )
     for key in LENGTH_KEYS:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rwkv_accel.errors import UserError
 from rwkv_accel.generation.flags import add_model_flags
 from rwkv_accel.generation.params import STOP_SETS
-from rwkv_accel.runtime import fail, run_program, set_environment_defaults
+from rwkv_accel.runtime import end_on_signals, fail, run_program, set_environment_defaults
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,4 +64,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     run_program(main)

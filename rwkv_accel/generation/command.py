@@ -25,6 +25,7 @@ from rwkv_accel.generation.loading import (
 )
 from rwkv_accel.generation.memory_file import load_memory, save_memory
 from rwkv_accel.generation.params import SamplingParams
+from rwkv_accel.runtime import SIGNALS
 
 ROLES = ("User:", "System:")
 
@@ -162,7 +163,7 @@ class Signals:
 
 @contextmanager
 def stop_on_signal(generator: TextGenerator) -> Iterator[Signals]:
-    """SIGINT and SIGTERM end generation after the current token, a second one at once."""
+    """SIGINT, SIGTERM and SIGUSR1 end generation after the current token, a second one at once."""
     signals = Signals()
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -171,7 +172,7 @@ def stop_on_signal(generator: TextGenerator) -> Iterator[Signals]:
         if signals.is_reading or len(signals.received) > 1:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield signals
     finally:

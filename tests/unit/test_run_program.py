@@ -1,11 +1,14 @@
 """How a command ends its process: one of several leaves at once when all is well, and in the usual way otherwise."""
 
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from tests.helpers import environment
+from tests.helpers import environment, ragged_jsonl, tiny_checkpoint, write_recipe
 
 PROGRAM = """
 import atexit, sys
@@ -38,3 +41,39 @@ def test_end_of_a_process(world, end, code, torn_down):
     )
     assert done.returncode == code, done.stderr
     assert done.stdout == "said " + ("torn down\n" if torn_down else "")
+
+
+def catches(process, number):
+    """Whether a process has a handler for a signal by now."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_before_anything_is_loaded_asks_for_another_start(tmp_path, number):
+    tiny_checkpoint(tmp_path / "base.pth", n_layer=1)
+    ragged_jsonl(tmp_path / "data.jsonl", 8)
+    tree = {
+        "out_dir": str(tmp_path / "out"),
+        "model": {"path": str(tmp_path / "base.pth")},
+        "data": {
+            "path": str(tmp_path / "data.jsonl"),
+            "prompt_column": "q",
+            "response_column": "a",
+            "tokenizer": "byte",
+        },
+    }
+    command = [sys.executable, "-m", "rwkv_accel.train", str(write_recipe(tmp_path / "r.yaml", tree))]
+    process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    # Of SIGUSR1: the interpreter itself catches SIGINT.
+    while not catches(process, signal.SIGUSR1):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, said
+    assert f"stopped by {number.name}" in said
+    assert "Traceback" not in said

@@ -103,7 +103,7 @@ def recipe(**sections):
 
 
 def test_the_same_recipe_passes():
-    check_same_run(recipe(), recipe())
+    check_same_run(recipe(), recipe(), "out/step-3")
 
 
 @pytest.mark.parametrize(
@@ -123,15 +123,16 @@ def test_the_same_recipe_passes():
 )
 def test_a_contradicting_key_is_named_with_both_values(change, key):
     with pytest.raises(UserError, match=key):
-        check_same_run(recipe(), recipe(**change))
+        check_same_run(recipe(), recipe(**change), "out/step-3")
 
 
 def test_all_contradictions_are_listed_at_once():
     with pytest.raises(UserError) as error:
-        check_same_run(recipe(), recipe(peft={"rank": 16}, trainer={"seed": 1}))
+        check_same_run(recipe(), recipe(peft={"rank": 16}, trainer={"seed": 1}), "out/step-3")
     assert "peft.rank" in str(error.value)
     assert "trainer.seed" in str(error.value)
     assert "another out_dir" in str(error.value)
+    assert "the checkpoint out/step-3:" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -149,13 +150,13 @@ def test_all_contradictions_are_listed_at_once():
     ],
 )
 def test_what_does_not_change_the_result_may_change(change, caplog):
-    check_same_run(recipe(), recipe(**change))
+    check_same_run(recipe(), recipe(**change), "out/step-3")
     assert caplog.text == ""
 
 
 def test_another_length_is_allowed_and_announced(caplog):
     with caplog.at_level(logging.WARNING):
-        check_same_run(recipe(), recipe(trainer={"max_epochs": 3, "max_steps": 50}))
+        check_same_run(recipe(), recipe(trainer={"max_epochs": 3, "max_steps": 50}), "out/step-3")
     assert "trainer.max_epochs was 1 and is now 3" in caplog.text
     assert "trainer.max_steps was null and is now 50" in caplog.text
 
@@ -163,10 +164,10 @@ def test_another_length_is_allowed_and_announced(caplog):
 def test_without_a_global_batch_the_keys_that_make_it_are_compared():
     saved = recipe(trainer={"global_batch_size": None})
     with pytest.raises(UserError, match=r"trainer\.micro_batch_size was 1 and is now 2"):
-        check_same_run(saved, recipe(trainer={"global_batch_size": None, "micro_batch_size": 2}))
+        check_same_run(saved, recipe(trainer={"global_batch_size": None, "micro_batch_size": 2}), "out/step-3")
 
 
 def test_a_key_that_only_a_newer_schema_knows_is_no_contradiction():
     saved = recipe()
     del saved["peft"]["svd_niter"]
-    check_same_run(saved, recipe())
+    check_same_run(saved, recipe(), "out/step-3")

@@ -252,7 +252,8 @@ def test_help_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_sigterm_ends_a_job_and_its_next_start_completes_it(files, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_ends_a_job_and_its_next_start_completes_it(files, tmp_path, number):
     source, target, part = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "out.jsonl.tmp"
     lines = [{"prompt": "quick", "max_new_tokens": 1}, {"prompt": "slow", "max_new_tokens": 10**6, "stop_ids": []}]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -263,9 +264,9 @@ def test_sigterm_ends_a_job_and_its_next_start_completes_it(files, tmp_path):
         assert time.monotonic() < deadline
         assert job.poll() is None
         time.sleep(0.1)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(number)
     out, _ = job.communicate(timeout=60)
-    assert job.returncode == 128 + signal.SIGTERM
+    assert job.returncode == 128 + number
     assert out.startswith("1 replies in ")
     assert "start the same command again to go on" in out
     assert not target.exists()

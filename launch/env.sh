@@ -34,4 +34,8 @@ set_environment() {
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
   # Lines reach the log before a kill.
   export PYTHONUNBUFFERED=1
+  if ! command -v python >/dev/null; then
+    echo "error: $(hostname) has no python on its PATH: activate the environment before the start, or for Slurm in launch/slurm/node.sh" >&2
+    return 2
+  fi
 }

@@ -24,7 +24,11 @@ fail() {
 [ $# -gt 0 ] || fail "no recipe; example: launch/multi_node.sh launch/recipes/demo.yaml"
 
 run_here() {
-  : "${NUM_NODES:?number of machines}" "${MAIN_IP:?address of machine 0}" "${NODE_RANK:?0 on the first machine, 1 on the next ...}"
+  local name
+  for name in NUM_NODES MAIN_IP NODE_RANK; do
+    [ -n "${!name:-}" ] || fail "$name is not set; on each machine: NUM_NODES=2 MAIN_IP=<address of machine 0>" \
+      "NODE_RANK=<0, 1 ..> $0 $1; or from one machine over ssh: HOSTFILE=<file with one host per line> $0 $1"
+  done
   local processes=${PROCESSES_PER_NODE:-1}
   set_environment "$NUM_NODES" "$MAIN_IP" "$processes" "$(nproc)"
   exec python -m rwkv_accel.launch --min_machines "${MIN_NODES:-$NUM_NODES}" \

@@ -122,7 +122,7 @@ def plan(
         reason = (done.stderr.strip() or done.stdout.strip()).replace("error: ", "")
         raise UserError(f"{script} ends with code {done.returncode}: {reason}")
     lines = output.splitlines()
-    if not directives:
+    if any(re.match(r"\S+: ssh ", line) for line in lines):
         # The stand-ins for ssh run at the same time: put each host's lines together.
         hosts = list(dict.fromkeys(line.split(": ")[0] for line in sorted(lines)))
         lines = sorted(lines, key=lambda line: hosts.index(line.split(": ")[0]))

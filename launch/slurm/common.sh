@@ -12,6 +12,14 @@ note() { echo "[job ${SLURM_JOB_ID} $(date +%T)] $*"; }
 # train RECIPE [key.sub=value ...]: one srun task per node; sets exit_code. A signal to this script (before the time
 # limit, or a pre-emption) asks the trainer through a file to save and stop: signals to the launchers would race.
 train() {
+  if [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "error: submit with sbatch; to see what would run: python -m rwkv_accel.launch_plan $0 $*"
+    exit 2
+  fi
+  if [ $# -eq 0 ]; then
+    echo "error: no recipe; example: sbatch $0 launch/recipes/demo.yaml"
+    exit 2
+  fi
   MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   # Two jobs on one node do not meet, nor the ports from 32768 that Linux gives to outgoing connections.
   MAIN_PORT=$((20000 + SLURM_JOB_ID % 12000))

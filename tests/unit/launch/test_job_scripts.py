@@ -83,7 +83,9 @@ def test_processes_follow_the_granted_gpus_and_the_port_the_job():
         (["--array-task", 2, "launch/slurm/array_sweep.sbatch", "a", "b"], "array task 2 has no recipe; 2 were given"),
         (["launch/slurm/none.sbatch"], "script launch/slurm/none.sbatch does not exist"),
         (["launch/multi_node.sh"], "no recipe; example: launch/multi_node.sh"),
-        (["launch/multi_node.sh", "a.yaml"], "NUM_NODES: number of machines"),
+        (["launch/multi_node.sh", "a.yaml"], "NUM_NODES is not set; on each machine: NUM_NODES=2 MAIN_IP="),
+        (["launch/slurm/multi_node.sbatch"], "no recipe; example: sbatch launch/slurm/multi_node.sbatch"),
+        (["launch/slurm/array_sweep.sbatch"], "array task 0 has no recipe; 0 were given"),
     ],
 )
 def test_bad_input_is_one_line(arguments, line):
@@ -91,6 +93,38 @@ def test_bad_input_is_one_line(arguments, line):
     assert text.startswith("error: ")
     assert line in text
     assert len(text.splitlines()) == 1
+
+
+def test_job_script_outside_of_slurm_says_how_it_is_meant():
+    env = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["bash", "launch/slurm/multi_node.sbatch", "a.yaml"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout.startswith("error: submit with sbatch; to see what would run: python -m rwkv_accel.launch_plan")
+
+
+def test_node_without_python_says_where_to_activate_one(tmp_path):
+    for name in ("dirname", "hostname", "nproc"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    env = {"PATH": str(tmp_path), "NUM_NODES": "1", "MAIN_IP": "127.0.0.1", "NODE_RANK": "0"}
+    done = subprocess.run(
+        [shutil.which("bash"), "launch/multi_node.sh", "a.yaml"],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "has no python on its PATH: activate the environment" in done.stderr
+
+
+def test_plan_of_one_machine_by_hand_begins_with_its_name():
+    text = plan("launch/multi_node.sh", "a.yaml", NUM_NODES="2", MAIN_IP="10.0.0.1", NODE_RANK="1")
+    assert text.startswith("on this machine:\n  GLOO_SOCKET_IFNAME=eth0\n")
+    assert "--machine_rank 1 --main_process_ip 10.0.0.1 " in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)

@@ -1,7 +1,7 @@
 """Memory of a training step, read off the model's own code: it runs on the meta device, where tensors have no data.
 
-Two and three blocks of the full width are run, forward and backward. Blocks behind the first are alike, so the
-difference is what every further block costs.
+Blocks of the full width are run, forward and backward. Of a stretch of blocks in which the same trains, two are, and
+then three: the difference is what every further one costs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,9 +29,10 @@ from rwkv_accel.peft.apply import count_parameters
 from rwkv_accel.peft.base import FrozenLinear, frozen_linear
 from rwkv_accel.peft.plan import Plan, make_plan
 from rwkv_accel.peft.state_tuning import add_time_states
+from rwkv_accel.plan.stretches import first_reached, shortened, stretches_of
 
-FIRST, SECOND = 2, 3
-"""Numbers of blocks that are run."""
+FEW = 2
+"""Blocks of a stretch that are run at first."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +110,29 @@ def weights_of(config: RWKV7Config, peft: PeftConfig, precision: Precision) -> W
 
 
 def activations_of(config: RWKV7Config, peft: PeftConfig, precision: Precision, work: Work) -> Activations:
-    """What a micro-batch takes, with every token a target. Blocks in front of all that trains keep nothing."""
-    first_trained = peft.layer_range[0] if peft.layer_range is not None and not peft.train_parts else 0
-    plan = make_plan(config, peft.model_copy(update={"layer_range": None}))
-    first, second = (_run(replace(config, n_layer=n), plan, precision, work) for n in (FIRST, SECOND))
-    further = config.n_layer - first_trained - FIRST
-    kept, forward, backward, on_host = (a + further * (b - a) for a, b in zip(first, second))
-    return Activations(kept, forward, backward, first[2] - (second[2] - first[2]), on_host)
+    """What a micro-batch takes, with every token a target."""
+    plan = make_plan(config, peft)
+    stretches = stretches_of(config, plan)
+
+    @cache
+    def run(*blocks: int) -> tuple[int, int, int, int]:
+        return _run(replace(config, n_layer=len(blocks)), shortened(plan, blocks), precision, work)
+
+    few = [blocks[:FEW] for blocks in stretches]
+    base = run(*chain(*few))
+    found = list(base)
+    for number, blocks in enumerate(stretches):
+        if len(blocks) > FEW:
+            one_more = run(*chain(*few[:number], blocks[: FEW + 1], *few[number + 1 :]))
+            found = [n + (len(blocks) - FEW) * (b - a) for n, a, b in zip(found, base, one_more)]
+    last = first_reached(config, plan)
+    kept, forward, backward, on_host = found
+    reached = run(*(block for block in chain(*few) if block <= last))
+    return Activations(kept, forward, backward, reached[2], on_host)
 
 
 def meta_model(config: RWKV7Config, plan: Plan, precision: Precision) -> RWKV7:
-    """The model that a plan makes, without data. The plan may be of a model with more blocks."""
+    """The model that a plan makes, without data."""
     with torch.device("meta"):
         model = RWKV7(config, compute_dtype=precision.compute, wkv_backend="chunked")
     packed: dict[tuple[int, int], FrozenLinear] = {}
@@ -147,7 +162,7 @@ def meta_model(config: RWKV7Config, plan: Plan, precision: Precision) -> RWKV7:
                 layer.register_parameter(key, nn.Parameter(getattr(packed[sizes], key).clone(), requires_grad=False))
         model.set_submodule(name, layer, strict=True)
     with torch.device("meta"):
-        add_time_states(model, [block for block in plan.state_blocks if block < config.n_layer], precision.trainable)
+        add_time_states(model, plan.state_blocks, precision.trainable)
     return model
 
 

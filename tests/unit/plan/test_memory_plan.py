@@ -16,6 +16,7 @@ from rwkv_accel.plan.memory import Job, checkpoint_bytes, estimate, training_of
 from rwkv_accel.plan.trace import Work, activations_of, weights_of
 
 WIDE, LONG, DEEP = (3, 256, 1024, 64), (2, 128, 8192, 32), (6, 128, 512, 64)
+ONE_ROW, BLOCKWISE = {"rows": 1, "tokens": 256}, {"rows": 2, "tokens": 128, "checkpointing": "block"}
 CASES = {
     "lora": (WIDE, {"rank": 16}, "32-true", {"rows": 2, "tokens": 192}, 1),
     "lora, bf16": (WIDE, {}, "bf16-mixed", {"rows": 2, "tokens": 192, "packed": False}, 1),
@@ -27,6 +28,13 @@ CASES = {
     "full, accumulated": (WIDE, {"method": "full"}, "32-true", {"rows": 1, "tokens": 128}, 2),
     "full, bf16 weights": (DEEP, {"method": "full"}, "bf16-true", {"rows": 2, "tokens": 128}, 1),
     "state": (WIDE, {"method": "state"}, "32-true", {"rows": 2, "tokens": 128}, 1),
+    "miss on int8": (WIDE, {"method": "miss", "base_quant": "int8"}, "32-true", {"rows": 2, "tokens": 128}, 1),
+    "state, recomputed blocks": (DEEP, {"method": "state"}, "32-true", BLOCKWISE, 1),
+    "upper blocks and norms": (DEEP, {"layer_range": [3, 5], "train_parts": ["ln"]}, "32-true", ONE_ROW, 1),
+    "upper blocks, embedding": (DEEP, {"method": "full", "layer_range": [3, 5]}, "32-true", ONE_ROW, 1),
+    "lower blocks": (DEEP, {"layer_range": [0, 2]}, "32-true", ONE_ROW, 2),
+    "one layer of one block": (DEEP, {"targets": ["blocks.4.att.key"]}, "32-true", ONE_ROW, 1),
+    "one block": ((1, 128, 512, 64), {}, "32-true", ONE_ROW, 1),
     "large head": (LONG, {"train_parts": ["head"]}, "32-true", {"rows": 1, "tokens": 512, "loss_chunk_rows": 128}, 1),
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rwkv_accel.errors import UserError
-from rwkv_accel.generation.flags import add_model_flags
+from rwkv_accel.generation.flags import add_model_flags, check_paths
 from rwkv_accel.generation.params import SamplingParams, stop_texts
 from rwkv_accel.runtime import fail, set_environment_defaults
 
@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(args)
         params = params_from(args)
+        check_paths(args.path, args.base, args.adapter)
         set_environment_defaults()
         from rwkv_accel.generation.command import run
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from rwkv_accel.errors import UserError
-from rwkv_accel.generation.flags import add_model_flags
+from rwkv_accel.generation.flags import add_model_flags, check_paths
 from rwkv_accel.generation.params import STOP_SETS
 from rwkv_accel.runtime import end_on_signals, fail, run_program, set_environment_defaults
 
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Intermixed: overrides may come after options.
     args = build_parser().parse_intermixed_args(argv)
     try:
+        check_paths(args.path, args.base, args.adapter)
         set_environment_defaults()
         from rwkv_accel.evaluate.run import run
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from rwkv_accel.errors import UserError
+from rwkv_accel.generation.flags import check_paths
 from rwkv_accel.runtime import fail, set_environment_defaults
 
 KINDS = {
@@ -57,8 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
-    set_environment_defaults()
     try:
+        check_paths(*args.sources, args.base)
+        set_environment_defaults()
         from rwkv_accel.export.run import export
 
         report = export(

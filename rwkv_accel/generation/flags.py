@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from rwkv_accel.errors import UserError
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -20,3 +23,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     model.add_argument("--quant", choices=("nf4", "int8"), help="store a checkpoint's block matrices quantised")
     model.add_argument("--time-state", metavar="FILE", help="start every sequence from a state-tuning file's states")
     return model
+
+
+def check_paths(*paths: str | None) -> None:
+    """Raises UserError for a path that leads nowhere: before torch is loaded, which takes seconds."""
+    for path in paths:
+        if path is not None and not Path(path).exists():
+            raise UserError(f"{path} does not exist; give a run folder, an adapter folder or a checkpoint file")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from rwkv_accel.errors import UserError
+from rwkv_accel.generation.flags import check_paths
 from rwkv_accel.runtime import fail, set_environment_defaults
 
 
@@ -30,10 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
     set_environment_defaults()
-    from rwkv_accel.inspect.facts import facts_about
-
     for index, path in enumerate(args.paths):
         try:
+            check_paths(path)
+            from rwkv_accel.inspect.facts import facts_about
+
             facts = facts_about(path, digest=args.digest)
         except UserError as error:
             return fail(error)

@@ -85,7 +85,7 @@ def test_a_checkpoint_gets_defaults_and_the_tokenizer_of_its_size(files):
     ("argv", "message"),
     [
         (["base.pth"], "there is nothing to measure (a checkpoint has no recipe); give --data, --choices or --answers"),
-        (["nothing.pth", "--data", "text.txt"], "base model nothing.pth"),
+        (["nothing.pth", "--data", "text.txt"], "nothing.pth does not exist"),
         (["base.pth", "--data", "text.txt", "--limit", "0"], "eval.limit_examples: input should be greater"),
         (["base.pth", "--answers", "a", "--regex", "("], "'(' is no regular expression"),
         (["base.pth", "--data", "text.txt", "data.ctx_length=4"], "unknown key data.ctx_length; did you mean"),

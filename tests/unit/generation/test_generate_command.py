@@ -180,7 +180,7 @@ def test_chat_from_the_command_line(files, capsys, monkeypatch):
         (["base.pth", "a", "b", "--save-memory", "m"], "--save-memory keeps one conversation"),
         (["base.pth", "a", "--memory", "none"], "memory none does not exist"),
         (["nothing", "a"], "nothing does not exist"),
-        (["nothing.pth", "a"], "base model nothing.pth of nothing.pth does not exist"),
+        (["nothing.pth", "a"], "nothing.pth does not exist; give a run folder"),
         ([".", "a"], ". is no run (no run.yaml) and no save"),
         (["other.pth", "a", "--adapter", "run/adapter/epoch-0001"], "was trained on another base than other.pth"),
         (["run", "a", "--base", "other.pth"], "was trained on another base than other.pth"),

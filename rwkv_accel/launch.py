@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ DOCTOR_JOIN_SECONDS = 45.0
 LOST_SECONDS = 120.0
 # How long a launcher whose trainers were killed may take to notice it.
 EXIT_GRACE_SECONDS = 60.0
+# After this the elastic rendezvous takes no dead node into a new group (three missed keep-alives of 5 seconds).
+FORGOTTEN_SECONDS = 20.0
 # There when a machine has NVIDIA or AMD GPUs, granted to this job or not.
 GPU_DRIVERS = (Path("/proc/driver/nvidia/gpus"), Path("/dev/kfd"))
 # Why a node that wants to join, for the first time or again, cannot.
@@ -198,7 +201,7 @@ class Session:
             min_nodes=min_nodes,
             join_seconds=self.own.join_seconds,
             lost_seconds=self.own.lost_seconds,
-            on_lost=lambda: _end_trainers(restarts=elastic),
+            on_lost=lambda silent_seconds: _end_trainers(silent_seconds, restarts=elastic),
             say=say,
         )
         self.watch.start()
@@ -232,12 +235,17 @@ class _patched_torchrun:
         self.torchrun.run = self.original
 
 
-def _end_trainers(*, restarts: bool) -> None:
-    """Kill this node's trainers: they wait in a collective that will never end, and a checkpoint on disk is whole."""
+def _end_trainers(silent_seconds: float, *, restarts: bool) -> None:
+    """Kill this node's trainers: they wait in a collective that will never end, and a checkpoint on disk is whole.
+
+    Where they restart, those that began well after the lost node's last sign of life are a group without it.
+    """
     import psutil
 
     for child in psutil.Process().children():
-        child.send_signal(signal.SIGKILL)
+        age = time.time() - child.create_time()
+        if not restarts or age > silent_seconds - FORGOTTEN_SECONDS:
+            child.send_signal(signal.SIGKILL)
     if not restarts:
         timer = threading.Timer(EXIT_GRACE_SECONDS, lambda: os._exit(1))
         timer.daemon = True

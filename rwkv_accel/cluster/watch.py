@@ -40,7 +40,10 @@ class _Peer:
 
 
 class PeerWatch:
-    """The view that one node has of the others. `start`, then `finish` once its own processes have ended."""
+    """The view that one node has of the others. `start`, then `finish` once its own processes have ended.
+
+    `on_lost` hears of a lost node once, with the seconds since its last sign of life.
+    """
 
     def __init__(
         self,
@@ -52,7 +55,7 @@ class PeerWatch:
         min_nodes: int,
         join_seconds: float,
         lost_seconds: float,
-        on_lost: Callable[[], None],
+        on_lost: Callable[[float], None],
         say: Callable[[str], None],
     ) -> None:
         self.host, self.port, self.facts = host, port, facts
@@ -216,6 +219,8 @@ class PeerWatch:
             peer.ended = self._has("ended", node)
             if not self._has("beat", node):
                 continue
+            if node not in self._names:  # it came after the start
+                self._names[node] = NodeFacts.loads(self._store.get(self._key("facts", node))).name
             beat = self._store.get(self._key("beat", node))
             if beat != peer.beat:
                 peer.beat, peer.changed_at = beat, now
@@ -224,7 +229,7 @@ class PeerWatch:
         while not self._stopped.wait(BEAT_SECONDS):
             if time.monotonic() - self._contact_at > self.lost_seconds:
                 self._say(self._lost_main())
-                self._on_lost()
+                self._on_lost(time.monotonic() - self._contact_at)
                 return
             for node, peer in self._peers.items():
                 if peer.beat and not peer.ended:
@@ -235,7 +240,7 @@ class PeerWatch:
         if age > self.lost_seconds and not peer.lost:
             peer.quiet = peer.lost = True
             self._say(f"{self._name(node)} is lost: not heard of for {age:.0f} s")
-            self._on_lost()
+            self._on_lost(age)
         elif age > SAY_SILENT_SECONDS and not peer.quiet:
             peer.quiet = True
             self._say(f"{self._name(node)} is silent: not heard of for {age:.0f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -43,8 +45,11 @@ DEMO = [
 HOSTS_TOOLS = {"ip": "iproute2", "unshare": "util-linux"}
 SLURM_TOOLS = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge"}
 # The hosts have fixed names and addresses: one suite at a time on a machine.
+MAX_HOSTS = 3
 MACHINE_LOCK = Path(tempfile.gettempdir()) / "rwkv_accel-hosts.lock"
 LOCK_SECONDS = 120
+# For what must happen, however slow the machine: above the bound that .ci/run sets to the whole suite.
+SLOW_SECONDS = 300
 # Nobody listens there: refused means reached.
 REACH = """import socket
 try: socket.create_connection(("10.77.0.11", 9), timeout=5)
@@ -54,7 +59,7 @@ except ConnectionRefusedError: pass
 
 @contextmanager
 def hosts(number: int = 2) -> Iterator[None]:
-    """Two hosts with a network each and a bridge between them. Skips, with the reason, where they cannot be made."""
+    """Hosts with a network each and a bridge between them. Skips, with the reason, where they cannot be made."""
     _skip_without(HOSTS_TOOLS)
     with _alone_on_this_machine():
         try:
@@ -62,23 +67,39 @@ def hosts(number: int = 2) -> Iterator[None]:
             _prove_that_they_meet()
             yield
         finally:
-            subprocess.run([str(HERE / "hosts/down.sh"), str(number)], check=True)
+            _remove_hosts()
 
 
 @contextmanager
 def slurm(folder: Path, number: int = 2) -> Iterator[None]:
     """A Slurm across two hosts. Skips, with the reason, where it does not start."""
     _skip_without(HOSTS_TOOLS | SLURM_TOOLS)
-    with _alone_on_this_machine():
+    with _alone_on_this_machine() as lock:
         try:
+            lock.write(str(folder))
+            lock.flush()
             _make("network namespaces", HERE / "hosts/up.sh", number)
             _prove_that_they_meet()
-            _make("a Slurm", HERE / "slurm/up.sh", folder, number, 2)
+            start_slurm(folder, number)
             environ = f"SLURM_CONF={folder / 'slurm.conf'}"
             _make("a Slurm that runs jobs", "env", environ, "srun", "-N", number, "--time=1", "true")
             yield
         finally:
-            subprocess.run([str(HERE / "slurm/down.sh"), str(folder), str(number)], check=False, timeout=60)
+            _remove_slurm(folder)
+            lock.truncate(0)
+
+
+def start_slurm(folder: Path, number: int = 2) -> None:
+    """Start what does not run of Slurm and its hosts, and wait until all nodes are idle."""
+    _make("a Slurm", HERE / "slurm/up.sh", folder, number, 2)
+
+
+def _remove_hosts() -> None:
+    subprocess.run([str(HERE / "hosts/down.sh"), str(MAX_HOSTS)], check=False, timeout=60)
+
+
+def _remove_slurm(folder: Path) -> None:
+    subprocess.run([str(HERE / "slurm/down.sh"), str(folder), str(MAX_HOSTS)], check=False, timeout=60)
 
 
 def _skip_without(tools: dict[str, str]) -> None:
@@ -91,8 +112,9 @@ def _skip_without(tools: dict[str, str]) -> None:
 
 
 @contextmanager
-def _alone_on_this_machine() -> Iterator[None]:
-    with MACHINE_LOCK.open("w") as lock:
+def _alone_on_this_machine() -> Iterator[TextIO]:
+    """Yields the lock file, which names the folder of a running Slurm. Removes what a killed test run left behind."""
+    with MACHINE_LOCK.open("a+") as lock:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -102,7 +124,13 @@ def _alone_on_this_machine() -> Iterator[None]:
                 if time.monotonic() > deadline:
                     pytest.skip("another test run on this machine has the hosts rwh0 and rwh1")
             time.sleep(0.5)
-        yield
+        lock.seek(0)
+        left_behind = lock.read()
+        if left_behind:
+            _remove_slurm(Path(left_behind))
+        lock.truncate(0)
+        _remove_hosts()
+        yield lock
 
 
 def _make(what: str, *command: object) -> None:
@@ -139,7 +167,7 @@ class Process:
 
 def on_host(host: int, command: list[object], log: Path, *, folder: Path = ROOT, **env: str) -> Process:
     """Start a command on a host, in the repository or another folder."""
-    settings = environment(GLOO_SOCKET_IFNAME="eth0", **{"PYTHONPATH": str(folder), **env})
+    settings = environment(**{"GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(folder), **env})
     with log.open("w") as out:
         popen = subprocess.Popen(
             [str(HERE / "hosts/on.sh"), str(host), *map(str, command)],
@@ -169,9 +197,21 @@ def launcher(
 
 def kill_host(host: int) -> None:
     """Power off: every process of the host is gone at once."""
+    for pid in processes_of(host):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def processes_of(host: int) -> list[int]:
     listed = subprocess.run(["ip", "netns", "pids", f"rwh{host}"], capture_output=True, text=True, check=True)
-    for pid in listed.stdout.split():
-        os.kill(int(pid), signal.SIGKILL)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def make_quiet(number: int = 2) -> None:
+    """As new: no process on the hosts, and their cables in. What a failed test leaves must not fail its second try."""
+    for host in range(number):
+        cut_network(host, up=True)
+        wait_for(lambda host=host: kill_host(host) or not processes_of(host), f"host {host} is quiet", 60)
 
 
 def cut_network(host: int, *, up: bool = False) -> None:

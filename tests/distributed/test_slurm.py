@@ -13,14 +13,10 @@ import time
 import pytest
 import yaml
 
-from tests.distributed.cluster import (
-    DEMO,
-    kill_host,
-    losses,
-    slurm,
-    wait_for,
-)
-from tests.helpers import ROOT, environment, train_cli
+from rwkv_accel.config.load import dump_config, load_config
+from rwkv_accel.launch import LOST_SECONDS
+from tests.distributed.cluster import DEMO, SLOW_SECONDS, kill_host, losses, slurm, start_slurm, wait_for
+from tests.helpers import ROOT, environment, launch, train_cli
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 # Slow enough to be caught in the middle.
@@ -28,10 +24,19 @@ LONG = [*DEMO, "data.ctx_len=256", "trainer.max_epochs=100000", "checkpoint.ever
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def started_slurm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slurm")
     with slurm(folder):
-        yield Cluster(folder)
+        yield folder
+
+
+@pytest.fixture
+def cluster(started_slurm):
+    """The Slurm without any job and with all nodes, whatever the last test left."""
+    running = Cluster(started_slurm)
+    running.run("scancel", "--user=root")
+    start_slurm(started_slurm)
+    return running
 
 
 class Cluster:
@@ -43,7 +48,7 @@ class Cluster:
 
     def run(self, *command):
         done = subprocess.run(
-            [str(c) for c in command], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=60, check=False
+            [str(c) for c in command], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -61,23 +66,35 @@ class Cluster:
         fields = [dict(word.partition("=")[::2] for word in line.split()) for line in lines]
         return "+".join(field["JobState"] for field in fields), int(fields[0]["Restarts"])
 
-    def wait_until(self, job, *states, timeout):
+    def wait_until(self, job, *states, timeout=SLOW_SECONDS):
         return wait_for(lambda: self.state(job)[0] in states, f"job {job} is {states}", timeout)
 
-    def wait_for_restart(self, job, number=1, timeout=120):
-        """The job is queued again; begin it now, and not in two minutes as Slurm would."""
-        wait_for(lambda: self.state(job)[1] >= number, f"restart {number} of job {job}", timeout)
-        wait_for(lambda: self.state(job)[0] == "PENDING", f"job {job} pends", 60)
+    def wait_for_requeue(self, job):
+        """The job waits in the queue for its next attempt, and nothing of the last one runs any more."""
+        wait_for(lambda: self.state(job)[1] >= 1, f"job {job} is queued again", SLOW_SECONDS)
+        wait_for(lambda: self.state(job)[0] == "PENDING", f"job {job} pends", SLOW_SECONDS)
         # Too early a start meets the last attempt's step, which Slurm still clears away.
-        wait_for(
-            lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "2", "idle nodes", 60
-        )
+        wait_for(lambda: self.idle_nodes() == 2, "idle nodes", SLOW_SECONDS)
         time.sleep(10)
+
+    def idle_nodes(self):
+        return int(self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() or 0)
+
+    def start_now(self, job):
+        """Begin a job that was queued again, and not in two minutes as Slurm would."""
         self.run("scontrol", "update", f"job={job}", "starttime=now")
 
     def cancel(self, job):
         self.run("scancel", job)
-        wait_for(lambda: self.state(job)[0] not in ("RUNNING", "COMPLETING", "PENDING"), f"job {job} ends", 90)
+        wait_for(
+            lambda: self.state(job)[0] not in ("RUNNING", "COMPLETING", "PENDING"), f"job {job} ends", SLOW_SECONDS
+        )
+
+    def seconds_of(self, job):
+        """How long a job ran that has ended, by Slurm's own clock."""
+        text = self.run("scontrol", "show", "job", "--oneliner", job).split("RunTime=")[1].split()[0]
+        hours, minutes, seconds = map(int, text.split(":"))
+        return 3600 * hours + 60 * minutes + seconds
 
 
 def last_step(out_dir):
@@ -87,16 +104,24 @@ def last_step(out_dir):
         return 0
 
 
-def assert_continued_exactly(out_dir, tmp_path, until):
-    """The first steps of the interrupted run are those of one process that nobody disturbed."""
-    want_dir = tmp_path / "want"
-    overrides = [*LONG, f"trainer.max_steps={until}", f"out_dir={want_dir}"]
-    done = train_cli(*overrides)
-    assert done.returncode == 0, done.stderr
-    got, want = losses(out_dir), losses(want_dir)
-    assert sorted(got)[:until] == list(range(1, until + 1))
-    for step in range(1, until + 1):
-        assert got[step] == pytest.approx(want[step], rel=2e-3), step
+def recipe_without_end(tmp_path):
+    """The demo as a file of its own, which ends at a step that is decided later."""
+    path = tmp_path / "recipe.yaml"
+    config = load_config(DEMO[0], [*LONG[1:], f"out_dir={tmp_path / 'run'}"])
+    path.write_text(dump_config(config))
+    return path
+
+
+def end_at(recipe, step):
+    tree = yaml.safe_load(recipe.read_text())
+    tree["trainer"]["max_steps"] = step
+    recipe.write_text(yaml.safe_dump(tree))
+
+
+def assert_same_as_undisturbed(recipe, tmp_path):
+    """Every loss up to the final one is, to the last bit, that of two processes that nobody interrupted."""
+    launch("ddp", 2, "-m", "rwkv_accel.train", recipe, f"out_dir={tmp_path / 'want'}", timeout=SLOW_SECONDS)
+    assert losses(tmp_path / "run") == losses(tmp_path / "want")
 
 
 def saved_at(log):
@@ -108,7 +133,7 @@ def saved_at(log):
 def test_two_nodes_train(cluster, tmp_path):
     out_dir, log = tmp_path / "run", tmp_path / "job.log"
     job = cluster.submit("multi_node", log, *DEMO, f"out_dir={out_dir}", "trainer.max_steps=8", options=["-N", 2])
-    cluster.wait_until(job, "COMPLETED", timeout=180)
+    cluster.wait_until(job, "COMPLETED")
     want_dir = tmp_path / "want"
     assert train_cli(*DEMO, f"out_dir={want_dir}", "trainer.max_steps=8").returncode == 0
     assert list(losses(out_dir).values()) == pytest.approx(list(losses(want_dir).values()), rel=1e-4)
@@ -117,41 +142,46 @@ def test_two_nodes_train(cluster, tmp_path):
 
 
 @pytest.mark.several_hosts
-def test_signal_saves_requeues_and_continues_exactly(cluster, tmp_path):
-    out_dir, log = tmp_path / "run", tmp_path / "job.log"
-    job = cluster.submit("multi_node_ft", log, *LONG, f"out_dir={out_dir}", options=["-N", 2])
-    wait_for(lambda: last_step(out_dir) >= 7, "seven steps", 180)
+def test_signal_saves_requeues_and_continues_to_the_same_final_loss(cluster, tmp_path):
+    recipe, out_dir, log = recipe_without_end(tmp_path), tmp_path / "run", tmp_path / "job.log"
+    job = cluster.submit("multi_node_ft", log, recipe, options=["-N", 2])
+    wait_for(lambda: last_step(out_dir) >= 7, "seven steps", SLOW_SECONDS)
     cluster.run("scancel", "--signal=USR1", "--batch", job)
-    cluster.wait_for_restart(job)
+    cluster.wait_for_requeue(job)
     (step,) = saved_at(log.read_text())
     assert (out_dir / "checkpoints/INTERRUPTED").is_dir()
-    wait_for(lambda: last_step(out_dir) >= step + 6, "six more steps", 180)
-    cluster.cancel(job)
+    end_at(recipe, step + 6)
+    cluster.start_now(job)
+    cluster.wait_until(job, "COMPLETED")
     assert f"INTERRUPTED: step {step} of" in log.read_text()
-    assert_continued_exactly(out_dir, tmp_path, step + 6)
+    assert last_step(out_dir) == step + 6
+    assert_same_as_undisturbed(recipe, tmp_path)
 
 
-def test_time_limit_saves_requeues_and_continues(cluster, tmp_path):
-    out_dir, log = tmp_path / "run", tmp_path / "job.log"
-    options = ["-N", 2, "--time=2", "--signal=B:USR1@45"]
-    job = cluster.submit("multi_node_ft", log, *LONG, f"out_dir={out_dir}", options=options)
-    cluster.wait_for_restart(job, timeout=180)
+def test_time_limit_saves_requeues_and_continues_to_the_same_final_loss(cluster, tmp_path):
+    recipe, out_dir, log = recipe_without_end(tmp_path), tmp_path / "run", tmp_path / "job.log"
+    job = cluster.submit("multi_node_ft", log, recipe, options=["-N", 2, "--time=2", "--signal=B:USR1@45"])
+    cluster.wait_for_requeue(job)
     (step,) = saved_at(log.read_text())
-    wait_for(lambda: last_step(out_dir) >= step + 3, "three more steps", 180)
-    cluster.cancel(job)
+    end_at(recipe, step + 6)
+    cluster.start_now(job)
+    cluster.wait_until(job, "COMPLETED")
     assert "USR1: asking the trainer to save and stop" in log.read_text()
     assert f"INTERRUPTED: step {step} of" in log.read_text()
+    assert last_step(out_dir) == step + 6
+    assert_same_as_undisturbed(recipe, tmp_path)
 
 
 def test_preemption_saves_and_requeues(cluster, tmp_path):
     out_dir, log = tmp_path / "run", tmp_path / "job.log"
     job = cluster.submit("multi_node_ft", log, *LONG, f"out_dir={out_dir}", options=["-N", 2])
-    wait_for(lambda: last_step(out_dir) >= 3, "three steps", 180)
+    wait_for(lambda: last_step(out_dir) >= 3, "three steps", SLOW_SECONDS)
     other = cluster.run("sbatch", "--parsable", "-p", "high", "-N", 2, "-c", 2, "-o", "/dev/null", "--wrap=sleep 2")
-    cluster.wait_until(other.strip(), "COMPLETED", timeout=120)
-    cluster.wait_for_restart(job)
+    cluster.wait_until(other.strip(), "COMPLETED")
+    cluster.wait_for_requeue(job)
     (step,) = saved_at(log.read_text())
-    wait_for(lambda: last_step(out_dir) > step, "one more step", 180)
+    cluster.start_now(job)
+    wait_for(lambda: last_step(out_dir) > step, "one more step", SLOW_SECONDS)
     cluster.cancel(job)
 
 
@@ -159,26 +189,39 @@ def test_preemption_saves_and_requeues(cluster, tmp_path):
 def test_wrong_recipe_fails_in_seconds_and_is_not_queued_again(cluster, tmp_path):
     log = tmp_path / "job.log"
     job = cluster.submit("multi_node_ft", log, DEMO[0], "optim.lr=1", options=["-N", 2])
-    assert cluster.wait_until(job, "FAILED", timeout=60) < 60
+    cluster.wait_until(job, "FAILED")
     assert "error: unknown key optim.lr; here it is optim.lr_init" in log.read_text()
     assert "not queued again: it failed before the first update" in log.read_text()
     assert cluster.state(job)[1] == 0
+    assert cluster.seconds_of(job) < 60
 
 
 def test_lost_node_is_named_and_the_run_continues_when_it_is_back(cluster, tmp_path):
-    out_dir, log = tmp_path / "run", tmp_path / "job.log"
-    job = cluster.submit("multi_node_ft", log, *LONG, f"out_dir={out_dir}", options=["-N", 2])
-    wait_for(lambda: last_step(out_dir) >= 7, "seven steps", 180)
+    recipe, out_dir, log = recipe_without_end(tmp_path), tmp_path / "run", tmp_path / "job.log"
+    job = cluster.submit("multi_node_ft", log, recipe, options=["-N", 2])
+    wait_for(lambda: last_step(out_dir) >= 7, "seven steps", SLOW_SECONDS)
     kill_host(1)
-    wait_for(lambda: "node 1 (rwh1) is lost" in log.read_text(), "the lost node is named", 60)
-    wait_for(lambda: cluster.state(job)[1] >= 1, "the job is queued again", 180)
-    subprocess.run([ROOT / "tests/distributed/slurm/up.sh", cluster.folder, "2", "2"], check=False, timeout=120)
-    cluster.wait_for_restart(job)
-    wait_for(lambda: "continuing from" in log.read_text(), "the run continues", 180)
-    step = last_step(out_dir)
-    wait_for(lambda: last_step(out_dir) >= step + 3, "three more steps", 180)
-    cluster.cancel(job)
-    assert_continued_exactly(out_dir, tmp_path, min(step + 3, 30))
+    wait_for(lambda: "node 1 (rwh1) is lost" in log.read_text(), "the lost node is named", LOST_SECONDS)
+    wait_for(lambda: cluster.state(job)[1] >= 1, "the job is queued again", SLOW_SECONDS)
+    end_at(recipe, last_step(out_dir) + 6)
+    start_slurm(cluster.folder)
+    cluster.wait_for_requeue(job)
+    cluster.start_now(job)
+    cluster.wait_until(job, "COMPLETED")
+    assert "continuing from" in log.read_text()
+    assert_same_as_undisturbed(recipe, tmp_path)
+
+
+def test_doctor_as_a_job_shows_both_nodes(cluster, tmp_path):
+    log = tmp_path / "job.log"
+    cluster.env["ENTRY_POINT"] = "rwkv_accel.doctor"
+    job = cluster.submit("multi_node", log, DEMO[0], f"out_dir={tmp_path}", options=["-N", 2])
+    cluster.wait_until(job, "COMPLETED")
+    text = log.read_text()
+    assert "rank 0 - rank 1 on rwh1:" in text
+    assert f"{tmp_path} is shared by all hosts" in text
+    assert "nothing wrong with rwh1" in text
+    assert cluster.seconds_of(job) < 60
 
 
 def test_array_trains_each_recipe(cluster, tmp_path):
@@ -191,6 +234,6 @@ def test_array_trains_each_recipe(cluster, tmp_path):
     log = tmp_path / "job_%a.log"
     arguments = [*recipes, "--", *DEMO[1:], "trainer.max_steps=3"]
     job = cluster.submit("array_sweep", log, *arguments, options=["--array=0-1"])
-    cluster.wait_until(job, "COMPLETED+COMPLETED", timeout=180)
+    cluster.wait_until(job, "COMPLETED+COMPLETED")
     assert sorted(losses(tmp_path / "a")) == sorted(losses(tmp_path / "b")) == [1, 2, 3]
     assert os.path.exists(tmp_path / "job_1.log")

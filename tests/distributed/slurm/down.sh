@@ -4,10 +4,15 @@ base=$1 num_hosts=${2:-2}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export SLURM_CONF=$base/slurm.conf
 
-alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
+# The number in a file that a killed test run left may belong to another program by now.
+alive() {
+  [ -s "$1" ] && case $(cat "/proc/$(cat "$1")/comm" 2>/dev/null) in slurmctld | slurmd | munged) ;; *) false ;; esac
+}
 
-timeout 10 scancel -u root 2>/dev/null
-sleep 1
+if alive "$base/pid/slurmctld.pid"; then
+  timeout 10 scancel -u root 2>/dev/null
+  sleep 1
+fi
 for file in "$base"/pid/*.pid; do if alive "$file"; then kill "$(cat "$file")" 2>/dev/null; fi; done
 for ((i = 0; i < 20; i++)); do
   left=0

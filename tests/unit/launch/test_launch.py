@@ -129,11 +129,30 @@ def test_each_difference_is_one_line(change, line):
     assert compare([FIRST, replace(FIRST, node=1, hostname="b", **change)]) == [line]
 
 
+@pytest.mark.parametrize(
+    ("silent_seconds", "restarts", "ended"), [(100, True, False), (10, True, True), (100, False, True)]
+)
+def test_trainers_of_a_lost_node_are_ended_and_those_of_a_newer_group_are_not(silent_seconds, restarts, ended):
+    script = f"""
+import subprocess, threading
+from rwkv_accel import launch
+launch.threading.Timer = lambda *_: threading.Thread()
+child = subprocess.Popen(["sleep", "300"])
+launch._end_trainers({silent_seconds}, restarts={restarts})
+print(child.wait(60) if {ended} else child.poll())
+child.kill()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["-9" if ended else "None"], done.stderr
+
+
 def test_node_that_falls_silent_is_named_given_up_and_welcomed_back():
     lines, given_up = [], []
     watch = PeerWatch(
         "10.0.0.1", 29500, FIRST, 2, min_nodes=1, join_seconds=9, lost_seconds=120,
-        on_lost=lambda: given_up.append(len(lines)), say=lines.append,
+        on_lost=lambda silent: given_up.append((len(lines), round(silent))), say=lines.append,
     )  # fmt: skip
     peer = _Peer(beat=b"1")
     watch._peers, watch._names = {1: peer}, {1: "node 1 (b)"}
@@ -143,7 +162,7 @@ def test_node_that_falls_silent_is_named_given_up_and_welcomed_back():
     assert [line.split(":")[0] for line in lines] == [
         "node 1 (b) is silent", "node 1 (b) is lost", "node 1 (b) is back", "node 1 (b) is silent",
     ]  # fmt: skip
-    assert given_up == [2]
+    assert given_up == [(2, 130)]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,10 +108,12 @@ class Session:
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         args = launch_command_parser().parse_args(arguments)
         self._check_recipe(args)
+        is_doctor = args.training_script == "rwkv_accel.doctor"
         if self.own.join_seconds is None:
-            is_doctor = args.training_script == "rwkv_accel.doctor"
             self.own.join_seconds = DOCTOR_JOIN_SECONDS if is_doctor else JOIN_SECONDS
-        with _patched_torchrun(self._torchrun):
+        if is_doctor:
+            args.max_restarts = 0  # what it found once is enough
+        with _patched_torchrun(self._torchrun), _mistakes_are_final():
             try:
                 launch_command(args)
             except subprocess.CalledProcessError as error:  # a single process, started without torchrun
@@ -233,6 +236,26 @@ class _patched_torchrun:
 
     def __exit__(self, *_: object) -> None:
         self.torchrun.run = self.original
+
+
+@contextmanager
+def _mistakes_are_final() -> Iterator[None]:
+    """torchrun starts failed trainers again whatever the reason; a user's mistake would fail each time."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    original = LocalElasticAgent._monitor_workers
+
+    def monitor(agent: Any, workers: Any) -> Any:
+        result = original(agent, workers)
+        if any(failure.exitcode == EXIT_USER_ERROR for failure in result.failures.values()):
+            agent._remaining_restarts = 0
+        return result
+
+    LocalElasticAgent._monitor_workers = monitor
+    try:
+        yield
+    finally:
+        LocalElasticAgent._monitor_workers = original
 
 
 def _end_trainers(silent_seconds: float, *, restarts: bool) -> None:

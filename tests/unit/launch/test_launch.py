@@ -54,6 +54,22 @@ def test_exit_code_is_the_scripts_own(config, code, tmp_path):
     assert got == code, text
 
 
+@pytest.mark.parametrize(("code", "starts"), [(2, 1), (3, 2)])
+def test_users_mistake_is_not_tried_again_and_other_failures_are(code, starts, tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text(f"""
+import os, sys, time
+if os.environ["RANK"] == "1":
+    time.sleep(600)  # until the launcher ends it
+open({str(tmp_path / "starts")!r}, "a").write("x")
+sys.exit({code})
+""")
+    options = ("--num_processes", 2, "--max_restarts", 1, "--monitor_interval", 0.1)
+    got, text = run("--config_file", "accelerate_configs/ddp.yaml", *options, script)
+    assert got == code, text
+    assert (tmp_path / "starts").read_text() == "x" * starts
+
+
 def test_codes_that_disagree_or_signals_are_1():
     assert launch._agreed_code([75, 75, -15]) == 75
     assert launch._agreed_code([2, 75]) == 1
@@ -208,13 +224,17 @@ def test_every_file_that_a_recipe_reads_is_looked_for_and_names_elsewhere_are_no
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("script", "seconds"), [("rwkv_accel.doctor", 45), ("rwkv_accel.train", 120)])
-def test_doctor_waits_less_for_a_node_than_the_trainer(script, seconds, monkeypatch):
-    monkeypatch.setattr("accelerate.commands.launch.launch_command", lambda args: None)
+@pytest.mark.parametrize(
+    ("script", "seconds", "restarts"), [("rwkv_accel.doctor", 45, 0), ("rwkv_accel.train", 120, 3)]
+)
+def test_doctor_waits_less_for_a_node_than_the_trainer_and_runs_once(script, seconds, restarts, monkeypatch):
+    seen = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", seen.append)
     monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
     session = launch.Session(launch.parse_args([])[0])
-    assert session.run(["-m", script]) == 0
+    assert session.run(["--max_restarts", "3", "-m", script]) == 0
     assert session.own.join_seconds == seconds
+    assert [args.max_restarts for args in seen] == [restarts]
 
 
 def test_facts_survive_the_store_and_follow_code_and_recipe(tmp_path):

@@ -217,9 +217,10 @@ def test_epoch_save_and_keep_weights(train):
 
 
 def test_checkpoints_of_a_run_are_those_that_the_recipe_keeps(train):
-    often = ("checkpoint.every_n_steps=2", "checkpoint.keep_last=1", "checkpoint.keep_every_n_steps=4")
+    often = ("checkpoint.every_n_steps=3", "checkpoint.keep_last=3", "checkpoint.keep_every_n_steps=4")
     out = train("out", *often, "trainer.max_steps=9")
-    assert names(out / "checkpoints") == ["step-00000004", "step-00000008", "step-00000009"]
+    # Written after 3, 4, 6, 8 and 9.
+    assert names(out / "checkpoints") == [f"step-0000000{step}" for step in (4, 6, 8, 9)]
 
 
 def test_resume_takes_the_newest_the_one_named_or_none(train, run, tmp_path):

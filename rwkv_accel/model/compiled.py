@@ -24,10 +24,10 @@ def check_compiler(backend: str, device_type: str, strategy: str) -> None:
     """Raises UserError where trainer.compile cannot do what it says."""
     if backend == "none":
         return
-    if strategy in ("zero3", "zero3_offload", "fsdp2"):
+    if strategy in ("zero3", "zero3_offload"):
         raise UserError(
-            f"trainer.compile does not go with {strategy}, which gathers the weights of each layer as it is called; "
-            "set trainer.compile=none, or use ddp, zero1 or zero2"
+            f"trainer.compile does not go with {strategy}, which gathers the weights of each layer as it is called and "
+            "so cuts each block into dozens of graphs; set trainer.compile=none, or use fsdp2, ddp, zero1 or zero2"
         )
     if backend != "inductor":
         return

@@ -88,10 +88,11 @@ def test_same_weights_under_every_split_and_strategy(work, reference, strategy, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
-def test_compiled_blocks_train_the_same_weights(work, reference, strategy):
-    name = f"compiled-{strategy}"
-    path = recipe(work, name, 2, strategy, 2, compile="aot_eager", gradient_checkpointing="block")
+@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "fsdp2"])
+def test_compiled_blocks_train_the_same_weights(work, reference, strategy, checkpointing):
+    name = f"compiled-{strategy}-{checkpointing}"
+    path = recipe(work, name, 2, strategy, 2, compile="aot_eager", gradient_checkpointing=checkpointing)
     launch(strategy, 2, "-m", "rwkv_accel.train", path)
     got = weights(work / name)
     assert max((got[n] - reference[n]).abs().max().item() for n in reference) < 1e-6

@@ -73,6 +73,7 @@ def on_skipped(state: TrainState, run: Run, step: int, stats: StepStats, verdict
     if verdict == NONFINITE and limit is not None and health.nonfinite_in_row >= limit:
         log_pending(state, run)
         run.writer.finish(run.accelerator)
+        run.log.message(f"given up after step {step}: {health.nonfinite_in_row} updates in a row were not finite")
         run.close()
         raise UserError(nonfinite_help(run.config, step, health.nonfinite_in_row))
 

@@ -14,9 +14,12 @@ START = re.compile(r"^NEW RUN (\S+ \S+)")
 RESUME = re.compile(r"^RESUMED RUN (\S+ \S+) at step (\d+)")
 MESSAGE = re.compile(r"^# (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (.*)$")
 STOPPED = re.compile(r"^stopped by .* after step (\d+)")
+FAILED = re.compile(r"^given up after step (\d+)")
 FINISHED = re.compile(r"^finished after step (\d+)")
 # What the loop says about the course of the run, as opposed to samples, saves and numbers.
-NOTABLE = re.compile(r"^(stopped by|stopping early|finished|validation loss has stopped|wandb:|loss_data\.json)")
+NOTABLE = re.compile(
+    r"^(stopped by|given up|stopping early|finished|validation loss has stopped|wandb:|loss_data\.json)"
+)
 NUM_MESSAGES = 400
 
 
@@ -28,7 +31,8 @@ class Timeline:
     started: str = ""
     """Local time of the first start."""
     state: str = "unknown"
-    """running, stopped or finished, by the last word of the log; killed if nobody is there to say one; or unknown."""
+    """running, stopped, failed or finished, by the last word of the log; killed if nobody is there to say one; or
+    unknown."""
     marks: list[tuple[int, str]] = field(default_factory=list)
     """(step, text) of resumes."""
     events: list[str] = field(default_factory=list)
@@ -78,6 +82,8 @@ def _read(path: Path) -> Timeline:
                 timeline.events.append(timeline.messages[-1])
             if STOPPED.match(match[2]):
                 timeline.state = "stopped"
+            elif FAILED.match(match[2]):
+                timeline.state = "failed"
             elif FINISHED.match(match[2]):
                 timeline.state = "finished"
     del timeline.messages[:-NUM_MESSAGES]

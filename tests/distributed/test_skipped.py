@@ -115,6 +115,7 @@ def test_too_many_in_a_row_end_the_run(work):
     poison = {1: "loss", 3: "gradient", 4: "loss", 5: "gradient"}
     out_dir = run(work, "row", "ddp", 2, poison, expect="3 updates in a row, up to step 5", max_nonfinite_steps=3)
     assert records(out_dir)[-1]["nonfinite_steps"] == 4
+    assert "given up after step 5: 3 updates in a row were not finite" in (out_dir / "train_log.txt").read_text()
     # The epoch ended at step 4, with two of the three behind it: a new start counts on from there.
     assert [p.name for p in (out_dir / "checkpoints").iterdir()] == ["step-00000004"]
     run(work, "row", "ddp", 2, poison, expect="3 updates in a row, up to step 5", max_nonfinite_steps=3)

@@ -392,6 +392,12 @@ def test_a_run_that_has_diverged_says_so_and_its_curve_ends(browser, tmp_path):
     assert browser.errors() == []
 
 
+def test_a_point_between_gaps_is_a_dot(browser, tmp_path):
+    run = write_run(tmp_path / "one", loss=lambda step: 2.0 if step == 50 else None, smoothed_loss=None)
+    browser.open(write_report([run], tmp_path / "report.html"))
+    assert browser.painted("loss", 0) > 9
+
+
 def test_steps_are_never_cut_in_parts(browser, tmp_path):
     run = write_run(tmp_path / "short", num_steps=2, resumed_at=0)
     browser.open(write_report([run], tmp_path / "report.html"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rwkv_accel.config.__main__ import main
 from rwkv_accel.config.base import section_of
 from rwkv_accel.config.load import leaf_keys
 from rwkv_accel.config.reference import reference, type_text
@@ -44,6 +45,14 @@ def names_read():
 def test_documented_keys_are_those_of_the_schema():
     """Remedy: python -m rwkv_accel.config > docs/config.md"""
     assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == reference()
+
+
+def test_the_command_prints_it_and_refuses_arguments(capsys):
+    assert main([]) == 0
+    assert capsys.readouterr().out == reference()
+    with pytest.raises(SystemExit) as ended:
+        main(["trainer"])
+    assert ended.value.code == 2
 
 
 def test_the_reference_has_every_key_with_its_meaning():

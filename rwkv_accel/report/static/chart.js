@@ -144,9 +144,11 @@ class Chart {
     }
     context.stroke();
     context.setLineDash([]);
-    if (line.dots || last - first < 2) {
-      for (let i = first; i <= last; i++) {
-        if (ys[i] !== null && !(this.y.log && ys[i] <= 0)) dot(context, this.x.at(xs[i]), this.y.at(ys[i]), 2.6);
+    const isDrawn = (i) => i >= 0 && i < ys.length && ys[i] !== null && !(this.y.log && ys[i] <= 0);
+    for (let i = first; i <= last; i++) {
+      // A point between gaps is no part of any line.
+      if (isDrawn(i) && (line.dots || last - first < 2 || !(isDrawn(i - 1) || isDrawn(i + 1)))) {
+        dot(context, this.x.at(xs[i]), this.y.at(ys[i]), 2.6);
       }
     }
     context.globalAlpha = 1;

@@ -160,6 +160,16 @@ def test_a_fresh_start_in_the_same_folder_begins_the_timeline_anew(tmp_path):
     assert timeline.messages == ["2026-01-02 10:00:05 saved out"]
 
 
+def test_a_run_that_gave_up_has_failed(tmp_path):
+    (tmp_path / "train_log.txt").write_text(
+        "NEW RUN 2026-01-31 12:00:00.000001\n{}\n"
+        "# 2026-01-31 12:00:00 given up after step 7: 6 updates in a row were not finite\n"
+    )
+    timeline = read_timeline(tmp_path)
+    assert timeline.state == "failed"
+    assert timeline.events[-1] == "2026-01-31 12:00:00 given up after step 7: 6 updates in a row were not finite"
+
+
 def test_a_run_whose_process_is_gone_was_killed(tmp_path):
     from rwkv_accel.checkpoint.run_lock import take
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rwkv_accel.config.schema import ModelConfig, PeftConfig
 from rwkv_accel.errors import UserError
@@ -131,19 +132,27 @@ def test_a_batch_of_other_borders_needs_no_other_graph(model_of):
     assert graphs == [graphs[0]] * 3
 
 
-def test_data_parallel_gathers_the_gradients_of_compiled_blocks(model_of):
-    """With one process; two are in the long suite of tests/distributed/test_strategies.py."""
+def test_data_parallel_takes_the_gradients_of_compiled_blocks(model_of):
+    """The other process of two is feigned and adds nothing: the mean of each gradient is half of it. Real ones are in
+    the long suite of tests/distributed/test_strategies.py."""
+
+    def mean(_state, bucket):
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer().div_(2))
+        return future
+
     plain = model_of(**LORA)
     model = copy.deepcopy(plain)
     compile_blocks(model, "eager")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-        for m in (parallel, plain):
-            m(**batch_of(2, 19)).backward()
-        check_gradients(model, plain)
+        parallel = torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
+        parallel.register_comm_hook(None, mean)
+        (2 * parallel(**batch_of(2, 19))).backward()
     finally:
         torch.distributed.destroy_process_group()
+    plain(**batch_of(2, 19)).backward()
+    check_gradients(model, plain)
 
 
 def test_no_compiler_is_one_line(monkeypatch):

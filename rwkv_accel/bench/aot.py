@@ -106,10 +106,10 @@ def captured(target: str, label: str) -> Iterator[dict[str, Kernel]]:
 
 
 def wkv7_kernels(target: str, dtype: torch.dtype, size: int, config: Config) -> list[Kernel]:
-    """Training from no state, inference, training a sequence that is cut into pieces, a token of generation."""
+    """Training from no state; inference; training, but for w0, a sequence cut into pieces; a token of generation."""
     heads, num_tokens = 2, 64 * config.chunk_size
     x = torch.empty(1, num_tokens, heads, size, dtype=dtype, device="meta")
-    inputs = (x, x.float(), x, x, x, x)
+    inputs = (*[x] * 6, x.new_empty(heads, size, dtype=torch.float32))
     state = x.new_empty(1, heads, size, size, dtype=torch.float32)
     numbers = precision(TARGETS[target][2], dtype)
     with captured(target, entry_name(dtype, size)) as found:
@@ -118,7 +118,7 @@ def wkv7_kernels(target: str, dtype: torch.dtype, size: int, config: Config) -> 
             setup = triton_op.Setup(config, numbers, pieces)
             out, final, extra = triton_op.run_forward(inputs, start, setup, kept)
             if kept:
-                triton_op.run_backward(inputs, out, None if start is None else final, extra, setup)
+                triton_op.run_backward(inputs, out, None if start is None else final, extra, setup, start is None)
         token, channels = x.new_empty(3, heads * size), state.new_empty(heads * size)
         step_triton(StepInputs(*[token] * 6), StepWeights(*[channels] * 5), state.new_empty(3, heads, size, size), 1e-5)
     return list(found.values())
@@ -133,7 +133,7 @@ def elementwise_kernels(target: str, dtype: torch.dtype, size: int) -> list[Kern
 
     h, vector = tensor(1, 32, channels), tensor(channels)
     with captured(target, entry_name(dtype, size)) as found:
-        x = wkv_inputs(h, h, h, (h, h, h), (vector,) * 5, head_size=size, backend="triton")
+        x = wkv_inputs(h, h, h, (h, h), (vector,) * 4, head_size=size, backend="triton")
         gated = head_gate(h, h, h, h, h, vector, vector, vector, head_size=size, eps=1e-5, backend="triton")
         outs = [*(out for out in x if out.requires_grad), gated]
         if size == HEAD_SIZES[0]:  # they know nothing of heads
@@ -148,7 +148,8 @@ def _variant(constants: dict[str, Any]) -> list[str]:
     if constants.get("TRANSITION"):
         return ["transition"]
     from_zeros = ["from zeros"] * ("start_p" in absent or ("d_end_p" in absent and "dz_p" not in absent))
-    quiet = ["inference"] * ("u_p" in absent) + ["state only"] * ("dz_p" in absent)
+    without = {"u_p": "inference", "dz_p": "state only", "d_w0_p": "w0 frozen"}
+    quiet = [label for name, label in without.items() if name in absent]
     return ["backward"] * bool(constants.get("BACKWARD")) + from_zeros + quiet
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_accel.bench.harness import Options, Row, in_fresh_process
-from rwkv_accel.bench.wkv7_gpu import Op, load_fla
+from rwkv_accel.bench.wkv7_gpu import Op, load_fla, with_log_decay
 from rwkv_accel.config.schema import LINEAR_TARGETS, ModelConfig, PeftConfig
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.init import generate_init_weight
@@ -83,7 +83,7 @@ def as_theirs(model: RWKV7, op: Op) -> RWKV7:
         *tensors, state, borders = arguments
         if state is not None or borders is not None:
             raise ValueError("the baseline runs plain rows only")
-        return op(*tensors)
+        return with_log_decay(op)(*tensors)
 
     BACKENDS["baseline"] = backend
     select_backend.cache_clear()

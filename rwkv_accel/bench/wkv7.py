@@ -21,6 +21,7 @@ from rwkv_accel.bench.harness import (
     interleaved,
     peak_tensor_mib,
 )
+from rwkv_accel.bench.wkv7_gpu import log_decay_ready
 from rwkv_accel.ops.wkv7 import available_backends, wkv7
 
 SHAPES = ((2, 512, 12, 64), (1, 4096, 12, 64))
@@ -31,17 +32,16 @@ BASELINE = "reference (autograd)"
 
 
 def inputs(shape: tuple[int, ...], device: str) -> list[Tensor]:
-    """r, w_log, k, v, a, b as a model makes them: unit kappa, decays over their whole range."""
+    """r, w_low, k, v, a, b, w0 as a model makes them: unit kappa, decays over their whole range."""
     generator = torch.Generator().manual_seed(0)
-    r, w, k, v, kappa, iclr = (torch.randn(shape, generator=generator) for _ in range(6))
+    r, w_low, k, v, kappa, iclr = (torch.randn(shape, generator=generator) for _ in range(6))
     kappa = torch.nn.functional.normalize(kappa, dim=-1)
-    w_log = -0.6065306597 * torch.sigmoid(w)
-    tensors = [r, w_log, k, v, -kappa, kappa * torch.sigmoid(iclr)]
+    tensors = [r, w_low, k, v, -kappa, kappa * torch.sigmoid(iclr), torch.zeros(shape[2:])]
     return [t.to(device).requires_grad_() for t in tensors]
 
 
 def run(tensors: list[Tensor], backend: str, cu_seqlens: Tensor | None = None) -> list[Tensor]:
-    """Output, final state and the six gradients."""
+    """Output, final state and a gradient per tensor."""
     out, state = wkv7(*tensors, cu_seqlens=cu_seqlens, backend=backend)
     grads = torch.autograd.grad(out.square().sum() + state.square().sum(), tensors)
     return [out.detach(), state.detach(), *grads]
@@ -67,7 +67,7 @@ def fla_naive(tensors: list[Tensor]) -> list[Tensor]:
     from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
 
     # Theirs is [B,H,T,N], scales r by N^-0.5, takes the log decay last, and its state is [key, value].
-    r, w_log, k, v, a, b = (x.transpose(1, 2) for x in tensors)
+    r, w_log, k, v, a, b = (x.transpose(1, 2) for x in log_decay_ready(tensors))
     out, state = dplr_recurrence(r * r.shape[-1] ** 0.5, k, v, a, b, w_log)
     out, state = out.transpose(1, 2), state.transpose(-1, -2)
     grads = torch.autograd.grad(out.square().sum() + state.square().sum(), tensors)

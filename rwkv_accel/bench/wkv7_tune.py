@@ -108,6 +108,6 @@ def run(config: Config, dtype: torch.dtype, device: str) -> Callable[[], list[to
 
     def once() -> list[torch.Tensor]:
         out, final, extra = triton_op.run_forward(tensors, None, setup, True)
-        return [out, final, *triton_op.run_backward(tensors, out, None, extra, setup)[:6]]
+        return [out, final, *triton_op.run_backward(tensors, out, None, extra, setup)[:7]]
 
     return once

@@ -162,9 +162,9 @@ def check_kernels(device: torch.device) -> list[Check]:
 def _recurrence_inputs(device: torch.device) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     r, k, v, removal = (torch.randn(1, 33, 2, 64, generator=generator) for _ in range(4))
-    w_log = -0.6 * torch.rand(1, 33, 2, 64, generator=generator) - 1e-3
+    w_low, w0 = torch.randn(1, 33, 2, 64, generator=generator), torch.randn(2, 64, generator=generator)
     removal = torch.nn.functional.normalize(removal, dim=-1)
-    return [x.to(device) for x in (r, w_log, k, v, -removal, removal * 0.5)]
+    return [x.to(device) for x in (r, w_low, k, v, -removal, removal * 0.5, w0)]
 
 
 def check_memory() -> list[Check]:

@@ -116,13 +116,14 @@ class TimeMix(nn.Module):
         """From the matrix products to the output's input [B,T,C] and the final state: elementwise, the recurrence."""
         batch, num_tokens = k_BTC.shape[:2]
         per_head = (batch, num_tokens, *self.heads)
-        vectors = (self.w0, self.a0, None if self.layer == 0 else self.v0, self.k_k, self.k_a)
-        x = wkv_inputs(k_BTC, v_BTC, v_first_BTC, (w_low, a_low, v_low), vectors, head_size=self.heads[1])
+        vectors = (self.a0, None if self.layer == 0 else self.v0, self.k_k, self.k_a)
+        x = wkv_inputs(k_BTC, v_BTC, v_first_BTC, (a_low, v_low), vectors, head_size=self.heads[1])
         if state_BHNN is None and self.time_state is not None:
             num_sequences = batch if documents is None else len(documents.first_S)
             state_BHNN = self.time_state.to(wide_dtype(k_BTC.dtype)).expand(num_sequences, -1, -1, -1)
+        r, w, k, v, a, b = (t.view(per_head) for t in (r_BTC, w_low, x.k, x.v, x.a, x.b))
         y_BTHN, final_BHNN = wkv7(
-            *(t.view(per_head) for t in (r_BTC, x.w_log, x.k, x.v, x.a, x.b)),
+            *(r, w, k, v, a, b, self.w0.view(self.heads)),
             state=state_BHNN,
             cu_seqlens=None if documents is None else documents.cu_seqlens,
             backend=backend,

@@ -9,12 +9,11 @@ from rwkv_accel.ops.elementwise.backend import BACKENDS, select_backend
 from rwkv_accel.ops.elementwise.head_gate import _HeadGate, head_gate
 from rwkv_accel.ops.elementwise.relu_squared import _ReluSquared, relu_squared
 from rwkv_accel.ops.elementwise.shift_lerp import _ShiftLerp, shift_lerp, start_table
-from rwkv_accel.ops.elementwise.wkv_inputs import DECAY_SCALE, WKVInputs, _WKVInputs, wkv_inputs
+from rwkv_accel.ops.elementwise.wkv_inputs import WKVInputs, _WKVInputs, wkv_inputs
 
 __all__ = [
     "AUTOGRAD_FUNCTIONS",
     "BACKENDS",
-    "DECAY_SCALE",
     "WKVInputs",
     "head_gate",
     "relu_squared",

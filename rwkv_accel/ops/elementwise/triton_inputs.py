@@ -19,7 +19,7 @@ from rwkv_accel.ops.elementwise.triton_common import (
     load_tile,
     store_tile,
 )
-from rwkv_accel.ops.elementwise.wkv_inputs import DECAY_SCALE, NORM_EPS, Sources
+from rwkv_accel.ops.elementwise.wkv_inputs import NORM_EPS, Sources
 
 
 @triton.jit
@@ -38,9 +38,9 @@ def removal_key(k_MN, k_k_1N, EPS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "heads"])
 def wkv_inputs_kernel(
-    k_p, v_p, v_first_p, w_low_p, a_low_p, v_low_p, w0_p, a0_p, v0_p, k_k_p, k_a_p,
-    w_log_p, k_out_p, v_out_p, a_p, b_p, num_tokens, heads,
-    N: tl.constexpr, M: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+    k_p, v_p, v_first_p, a_low_p, v_low_p, a0_p, v0_p, k_k_p, k_a_p,
+    k_out_p, v_out_p, a_p, b_p, num_tokens, heads,
+    N: tl.constexpr, M: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     tokens_M = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     here_MN = (tokens_M < num_tokens)[:, None] & (tl.arange(0, N) >= 0)[None, :]
@@ -52,8 +52,6 @@ def wkv_inputs_kernel(
     store_tile(a_p, at_MN, here_MN, -kappa_MN)
     store_tile(b_p, at_MN, here_MN, kappa_MN * iclr_MN)
     store_tile(k_out_p, at_MN, here_MN, k_MN * (1.0 + (iclr_MN - 1.0) * load_vector(k_a_p, columns_N)))
-    w_MN = load_vector(w0_p, columns_N) + load_tile(w_low_p, at_MN, here_MN)
-    store_tile(w_log_p, at_MN, here_MN, SCALE * tl.sigmoid(w_MN))
     if v_p is not None:
         v_MN = load_tile(v_p, at_MN, here_MN)
         rho_MN = tl.sigmoid(load_vector(v0_p, columns_N) + load_tile(v_low_p, at_MN, here_MN))
@@ -62,16 +60,15 @@ def wkv_inputs_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "heads"])
 def wkv_inputs_grad_kernel(
-    k_p, v_p, v_first_p, w_low_p, a_low_p, v_low_p, w0_p, a0_p, v0_p, k_k_p, k_a_p,
-    dw_log_p, dk_out_p, dv_out_p, da_p, db_p,
-    dk_p, dv_p, dv_first_p, dw_low_p, da_low_p, dv_low_p, sums_p, num_tokens, heads,
-    N: tl.constexpr, M: tl.constexpr, STEPS: tl.constexpr, SCALE: tl.constexpr, EPS: tl.constexpr,
+    k_p, v_p, v_first_p, a_low_p, v_low_p, a0_p, v0_p, k_k_p, k_a_p,
+    dk_out_p, dv_out_p, da_p, db_p,
+    dk_p, dv_p, dv_first_p, da_low_p, dv_low_p, sums_p, num_tokens, heads,
+    N: tl.constexpr, M: tl.constexpr, STEPS: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile; those of w0, a0, v0, k_k, k_a as five rows of partial sums of STEPS tiles."""
+    """Gradients of a tile; those of a0, v0, k_k, k_a as four rows of partial sums of STEPS tiles."""
     columns_N = tl.program_id(1) * N + tl.arange(0, N)
     k_k_1N, k_a_1N = load_vector(k_k_p, columns_N), load_vector(k_a_p, columns_N)
-    w0_1N, a0_1N = load_vector(w0_p, columns_N), load_vector(a0_p, columns_N)
-    dw0_N = tl.zeros([N], tl.float32)
+    a0_1N = load_vector(a0_p, columns_N)
     da0_N = tl.zeros([N], tl.float32)
     dv0_N = tl.zeros([N], tl.float32)
     dk_k_N = tl.zeros([N], tl.float32)
@@ -80,10 +77,6 @@ def wkv_inputs_grad_kernel(
         tokens_M = (tl.program_id(0).to(tl.int64) * STEPS + step) * M + tl.arange(0, M)
         here_MN = (tokens_M < num_tokens)[:, None] & (tl.arange(0, N) >= 0)[None, :]
         at_MN = tokens_M[:, None] * (heads * N) + columns_N[None, :]
-
-        share_MN = tl.sigmoid(w0_1N + load_tile(w_low_p, at_MN, here_MN))
-        dw_MN = load_tile(dw_log_p, at_MN, here_MN) * SCALE * share_MN * (1.0 - share_MN)
-        store_tile(dw_low_p, at_MN, here_MN, dw_MN)
 
         k_MN = load_tile(k_p, at_MN, here_MN)
         iclr_MN = tl.sigmoid(a0_1N + load_tile(a_low_p, at_MN, here_MN))
@@ -107,30 +100,27 @@ def wkv_inputs_grad_kernel(
             if sums_p is not None:
                 dv0_N += tl.sum(dv_MN, 0)
         if sums_p is not None:
-            dw0_N += tl.sum(dw_MN, 0)
             da0_N += tl.sum(di_MN, 0)
             dk_k_N += tl.sum(tl.where(here_MN, dq_MN * k_MN, 0.0), 0)
             dk_a_N += tl.sum(dk_out_MN * k_MN * (iclr_MN - 1.0), 0)
     if sums_p is not None:
         channels = heads * N
-        at_N = tl.program_id(0).to(tl.int64) * 5 * channels + columns_N
-        tl.store(sums_p + at_N, dw0_N)
-        tl.store(sums_p + at_N + channels, da0_N)
-        tl.store(sums_p + at_N + 2 * channels, dv0_N)
-        tl.store(sums_p + at_N + 3 * channels, dk_k_N)
-        tl.store(sums_p + at_N + 4 * channels, dk_a_N)
+        at_N = tl.program_id(0).to(tl.int64) * 4 * channels + columns_N
+        tl.store(sums_p + at_N, da0_N)
+        tl.store(sums_p + at_N + channels, dv0_N)
+        tl.store(sums_p + at_N + 2 * channels, dk_k_N)
+        tl.store(sums_p + at_N + 3 * channels, dk_a_N)
 
 
 def wkv_inputs_forward(s: Sources, head_size: int) -> tuple[Tensor | None, ...]:
     s = _contiguous(s)
     tokens, heads, tile = _sizes(s.k, head_size)
-    w_log = empty_like(s.k, torch.float32)
     k_out, a, b = (empty_like(s.k) for _ in range(3))
     v_out = None if s.v is None else empty_like(s.k)
     wkv_inputs_kernel[(triton.cdiv(tokens, tile), heads)](
-        *s, w_log, k_out, v_out, a, b, tokens, heads, head_size, tile, DECAY_SCALE, NORM_EPS, num_warps=NUM_WARPS
+        *s, k_out, v_out, a, b, tokens, heads, head_size, tile, NORM_EPS, num_warps=NUM_WARPS
     )
-    return w_log, k_out, v_out, a, b
+    return k_out, v_out, a, b
 
 
 def wkv_inputs_backward(
@@ -138,20 +128,20 @@ def wkv_inputs_backward(
 ) -> tuple[Tensor | None, ...]:
     s = _contiguous(s)
     tokens, heads, tile = _sizes(s.k, head_size)
-    dw_log, dk_out, dv_out, da, db = (torch.zeros_like(s.k) if g is None else g.contiguous() for g in grads)
-    sums = any(needs[6:])
+    dk_out, dv_out, da, db = (torch.zeros_like(s.k) if g is None else g.contiguous() for g in grads)
+    sums = any(needs[5:])
     steps = SUM_STEPS if sums else 1
     blocks = triton.cdiv(tokens, tile * steps)
-    results = [None if x is None or not need else empty_like(x) for x, need in zip(s[:6], needs[:6])]
-    partial = empty_sums(blocks, 5 * heads * head_size, s.k) if sums else None
+    results = [None if x is None or not need else empty_like(x) for x, need in zip(s[:5], needs[:5])]
+    partial = empty_sums(blocks, 4 * heads * head_size, s.k) if sums else None
     wkv_inputs_grad_kernel[(blocks, heads)](
-        *s, dw_log, dk_out, dv_out, da, db, *results, partial, tokens, heads,
-        head_size, tile, steps, DECAY_SCALE, NORM_EPS, num_warps=NUM_WARPS,
+        *s, dk_out, dv_out, da, db, *results, partial, tokens, heads,
+        head_size, tile, steps, NORM_EPS, num_warps=NUM_WARPS,
     )  # fmt: skip
-    vectors: list[Tensor | None] = [None] * 5
+    vectors: list[Tensor | None] = [None] * 4
     if partial is not None:
-        rows = partial.sum(0).view(5, -1)
-        vectors = [row.to(x.dtype) if need else None for row, x, need in zip(rows, s[6:], needs[6:])]
+        rows = partial.sum(0).view(4, -1)
+        vectors = [row.to(x.dtype) if need else None for row, x, need in zip(rows, s[5:], needs[5:])]
     return (*results, *vectors)
 
 

@@ -1,7 +1,6 @@
 """From the outputs of a block's linear layers to the inputs of the WKV-7 recurrence.
 
     iclr  = sigmoid(a0 + a_low)                     in-context learning rate
-    w_log = -e^-0.5 * sigmoid(w0 + w_low)           log decay
     kappa = normalize_per_head(k * k_k)             removal key
     k'    = k * (1 + (iclr - 1) * k_a)
     v'    = v + (v_first - v) * sigmoid(v0 + v_low) (v itself in the first layer)
@@ -13,7 +12,6 @@ train_temp/src/model.py. The backward pass is this project's derivation.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,16 +20,13 @@ from torch import Tensor
 from rwkv_accel.ops.elementwise.backend import runs_triton, wide_dtype
 from rwkv_accel.ops.first_order import check_first_order
 
-DECAY_SCALE = -math.exp(-0.5)
-"""w_log = DECAY_SCALE * sigmoid(w_logit): a channel keeps between 54.5% and 100% of its state per token."""
 NORM_EPS = 1e-12
 """Smallest norm that k * k_k is divided by."""
 
 
 class WKVInputs(NamedTuple):
-    """Inputs of `wkv7` beside r: w_log wide, the others in k's dtype, all [B,T,C]."""
+    """Inputs of `wkv7` beside r and the decay: [B,T,C] in k's dtype."""
 
-    w_log: Tensor
     k: Tensor
     v: Tensor
     a: Tensor
@@ -44,10 +39,8 @@ class Sources(NamedTuple):
     k: Tensor
     v: Tensor | None
     v_first: Tensor | None
-    w_low: Tensor
     a_low: Tensor
     v_low: Tensor | None
-    w0: Tensor
     a0: Tensor
     v0: Tensor | None
     k_k: Tensor
@@ -58,43 +51,41 @@ def wkv_inputs(
     k: Tensor,
     v: Tensor,
     v_first: Tensor | None,
-    low_rank: tuple[Tensor, Tensor, Tensor | None],
-    vectors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    low_rank: tuple[Tensor, Tensor | None],
+    vectors: tuple[Tensor, Tensor | None, Tensor, Tensor],
     *,
     head_size: int,
     backend: str = "auto",
 ) -> WKVInputs:
-    """Decay, keys, value and removal of every token.
+    """Keys, value and removal of every token.
 
     Args:
         k, v: [B,T,C] outputs of the key and value layers.
         v_first: [B,T,C] value of the first layer; None in that layer itself, whose v passes unchanged.
-        low_rank: (w_low, a_low, v_low) [B,T,C], outputs of the low-rank layers; v_low is None without v_first.
-        vectors: (w0, a0, v0, k_k, k_a), C values each, any float dtype; v0 is None without v_first.
+        low_rank: (a_low, v_low) [B,T,C], outputs of the low-rank layers; v_low is None without v_first.
+        vectors: (a0, v0, k_k, k_a), C values each, any float dtype; v0 is None without v_first.
         head_size: N, a divisor of C.
         backend: "auto", "torch" or "triton".
 
     Arithmetic is wide. Raises ValueError for shapes that do not fit.
     """
-    w_low, a_low, v_low = low_rank
-    w0, a0, v0, k_k, k_a = (None if vector is None else vector.reshape(-1) for vector in vectors)
+    a_low, v_low = low_rank
+    a0, v0, k_k, k_a = (None if vector is None else vector.reshape(-1) for vector in vectors)
     channels = k.shape[-1]
     if channels % head_size:
         raise ValueError(f"{channels} channels are not a multiple of head_size {head_size}")
     if (v_first is None) != (v_low is None) or (v_first is None) != (v0 is None):
         raise ValueError("v_first, v_low and v0 go together: give all or none")
-    for name, tensor in (("v", v), ("v_first", v_first), ("w_low", w_low), ("a_low", a_low), ("v_low", v_low)):
+    for name, tensor in (("v", v), ("v_first", v_first), ("a_low", a_low), ("v_low", v_low)):
         if tensor is not None and tensor.shape != k.shape:
             raise ValueError(f"{name} must have k's shape {list(k.shape)}, got {list(tensor.shape)}")
-    for name, vector in zip(("w0", "a0", "v0", "k_k", "k_a"), (w0, a0, v0, k_k, k_a)):
+    for name, vector in zip(("a0", "v0", "k_k", "k_a"), (a0, v0, k_k, k_a)):
         if vector is not None and vector.numel() != channels:
             raise ValueError(f"{name} must have {channels} values, got {vector.numel()}")
     value = v if v_first is not None else None
-    out = _WKVInputs.apply(
-        head_size, runs_triton(backend, k), k, value, v_first, w_low, a_low, v_low, w0, a0, v0, k_k, k_a
-    )
-    w_log, k_out, v_out, a, b = out
-    return WKVInputs(w_log, k_out, v if v_out is None else v_out, a, b)
+    triton = runs_triton(backend, k)
+    k_out, v_out, a, b = _WKVInputs.apply(head_size, triton, k, value, v_first, a_low, v_low, a0, v0, k_k, k_a)
+    return WKVInputs(k_out, v if v_out is None else v_out, a, b)
 
 
 class _WKVInputs(torch.autograd.Function):
@@ -147,20 +138,15 @@ def _forward(s: Sources, head_size: int) -> tuple[Tensor | None, ...]:
     v_out = None
     if s.v is not None and s.v_first is not None:
         v_out = torch.lerp(s.v.to(wide), s.v_first.to(wide), _gate(s.v0, s.v_low, wide)).to(dtype)
-    w_log = _gate(s.w0, s.w_low, wide).mul_(DECAY_SCALE)
-    return w_log, k_out, v_out, kappa.neg_().to(dtype), b
+    return k_out, v_out, kappa.neg_().to(dtype), b
 
 
 def _backward(
     s: Sources, needs: Sources, grads: tuple[Tensor | None, ...], head_size: int
 ) -> tuple[Tensor | None, ...]:
     dtype, wide = s.k.dtype, wide_dtype(s.k.dtype)
-    dw, dk_out, dv_out, da, db = (None if g is None else g.to(wide) for g in grads)
+    dk_out, dv_out, da, db = (None if g is None else g.to(wide) for g in grads)
     out: dict[str, Tensor | None] = dict.fromkeys(Sources._fields)
-    if dw is not None and (needs.w_low or needs.w0):
-        share = _gate(s.w0, s.w_low, wide)
-        d_logit = dw * (DECAY_SCALE * share * (1 - share))
-        _pass_on(out, needs, "w_low", "w0", d_logit, dtype)
     if dv_out is not None and s.v is not None and s.v_first is not None:
         rho = _gate(s.v0, s.v_low, wide)
         if needs.v_low or needs.v0:

@@ -1,5 +1,6 @@
 """The WKV-7 recurrence: one signature, several backends.
 
+    w_log = -e^-0.5 sigmoid(w0 + w_low)
     S_t   = S_{t-1} diag(exp(w_log_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T
     out_t = S_t r_t
 
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_accel.ops.wkv7.checks import check_inputs, common_dtype
+from rwkv_accel.ops.wkv7.checks import check_inputs, data_dtype
 from rwkv_accel.ops.wkv7.chunked import wkv7_chunked
+from rwkv_accel.ops.wkv7.decay import reading_w_log
 from rwkv_accel.ops.wkv7.reference import wkv7_reference
 from rwkv_accel.ops.wkv7.triton_config import obstacle
 
@@ -38,7 +40,11 @@ def _wkv7_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
     return wkv7_triton(*arguments)
 
 
-BACKENDS: dict[str, Backend] = {"reference": wkv7_reference, "chunked": wkv7_chunked, "triton": _wkv7_triton}
+BACKENDS: dict[str, Backend] = {
+    "reference": reading_w_log(wkv7_reference),
+    "chunked": reading_w_log(wkv7_chunked),
+    "triton": _wkv7_triton,
+}
 
 
 @cache
@@ -93,11 +99,12 @@ def _triton_obstacle(device_type: str, head_size: int, dtype: torch.dtype) -> st
 
 def wkv7(
     r: Tensor,
-    w_log: Tensor,
+    w_low: Tensor,
     k: Tensor,
     v: Tensor,
     a: Tensor,
     b: Tensor,
+    w0: Tensor,
     *,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -105,11 +112,11 @@ def wkv7(
 ) -> tuple[Tensor, Tensor]:
     """WKV-7 over whole sequences -> (out [B,T,H,N] in v's dtype, final state [B,H,N,N], fp32 or fp64).
 
-    Differentiable once in all six inputs and the state. Computes in fp32, or in fp64 if any input is fp64.
+    Differentiable once in all seven inputs and the state. Computes in fp32, or in fp64 if any input is fp64.
 
     Args:
-        r, k, v, a, b: [B,T,H,N], any float dtype.
-        w_log: [B,T,H,N] log decay, in (-0.60653, 0).
+        r, w_low, k, v, a, b: [B,T,H,N], any float dtype. w_low is the part of the decay's logit that tokens make.
+        w0: [H,N] the part of every channel, any float dtype; fp32 is what the decay's precision rests on.
         state: [B,H,N,N] state before the first token, None for zeros.
         cu_seqlens: int [S+1], borders of S documents packed into a batch of one row, rising strictly from 0
             to T; the state restarts at every border, `state` and the final state are [S,H,N,N]. Best kept on
@@ -121,8 +128,8 @@ def wkv7(
     if torch.compiler.is_compiling() and backend != "reference":
         from rwkv_accel.ops.wkv7.opaque import wkv7_opaque
 
-        return wkv7_opaque((r, w_log, k, v, a, b), state, cu_seqlens, backend)
-    borders = check_inputs(r, w_log, k, v, a, b, state, cu_seqlens)
-    dtype = torch.float64 if w_log.dtype == torch.float64 else common_dtype(r, k, v, a, b)
+        return wkv7_opaque((r, w_low, k, v, a, b, w0), state, cu_seqlens, backend)
+    borders = check_inputs(r, w_low, k, v, a, b, w0, state, cu_seqlens)
+    dtype = data_dtype(r, w_low, k, v, a, b, w0)
     name, _ = select_backend(backend, r.device.type, r.shape[-1], dtype)
-    return BACKENDS[name](r, w_log, k, v, a, b, state, borders)
+    return BACKENDS[name](r, w_low, k, v, a, b, w0, state, borders)

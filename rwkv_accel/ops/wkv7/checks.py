@@ -11,12 +11,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-INPUT_NAMES = ("r", "w_log", "k", "v", "a", "b")
+INPUT_NAMES = ("r", "w_low", "k", "v", "a", "b")
 
 
 def wide_dtype(*inputs: Tensor) -> torch.dtype:
     """Dtype of the arithmetic and of the state: fp64 if any input is fp64, else fp32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
+def data_dtype(*inputs: Tensor) -> torch.dtype:
+    """What decides which backend can run r, w_low, k, v, a, b, w0: a w0 in fp32 does not widen the data."""
+    *narrow, w0 = inputs
+    return torch.float64 if w0.dtype == torch.float64 else common_dtype(*narrow)
 
 
 def common_dtype(*inputs: Tensor) -> torch.dtype:
@@ -26,11 +32,12 @@ def common_dtype(*inputs: Tensor) -> torch.dtype:
 
 def check_inputs(
     r: Tensor,
-    w_log: Tensor,
+    w_low: Tensor,
     k: Tensor,
     v: Tensor,
     a: Tensor,
     b: Tensor,
+    w0: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[int, ...] | None:
@@ -38,7 +45,7 @@ def check_inputs(
     shape, device = r.shape, r.device
     if r.dim() != 4 or 0 in shape:
         raise ValueError(f"r must be a non-empty [batch, tokens, heads, head size] tensor, got {list(shape)}")
-    for name, x in zip(INPUT_NAMES, (r, w_log, k, v, a, b)):
+    for name, x in zip(INPUT_NAMES, (r, w_low, k, v, a, b)):
         if x.shape != shape:
             raise ValueError(f"{name} must have r's shape {list(shape)}, got {list(x.shape)}")
         if not x.is_floating_point():
@@ -46,17 +53,21 @@ def check_inputs(
         if x.device != device:
             raise ValueError(f"{name} must be on r's device {device}, got {x.device}")
     batch, num_tokens, heads, head_size = shape
+    _check_like("w0", w0, [heads, head_size], "a value per head and channel", device)
     borders = None if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, batch, num_tokens)
     if state is not None:
         rows = batch if borders is None else len(borders) - 1
-        expected = [rows, heads, head_size, head_size]
-        if list(state.shape) != expected:
-            raise ValueError(f"state must be {expected} (one per sequence), got {list(state.shape)}")
-        if not state.is_floating_point():
-            raise ValueError(f"state must be a floating point tensor, got {state.dtype}")
-        if state.device != device:
-            raise ValueError(f"state must be on r's device {device}, got {state.device}")
+        _check_like("state", state, [rows, heads, head_size, head_size], "one per sequence", device)
     return borders
+
+
+def _check_like(name: str, x: Tensor, shape: list[int], what: str, device: torch.device) -> None:
+    if list(x.shape) != shape:
+        raise ValueError(f"{name} must be {shape} ({what}), got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating point tensor, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on r's device {device}, got {x.device}")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, batch: int, num_tokens: int) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ def wkv7_chunked(
     state: Tensor | None,
     borders: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Backend of `wkv7` for checked inputs."""
+    """Backend of `wkv7` for checked inputs, but for its decay (decay.py)."""
     wide = wide_dtype(r, w_log, k, v, a, b)
     layout = build_layout(tuple(r.shape), borders, wide.itemsize, r.device)
     state = None if state is None else state.to(wide)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from rwkv_accel.ops.wkv7 import chunked, select_backend
-from rwkv_accel.ops.wkv7.checks import check_inputs, common_dtype, wide_dtype
+from rwkv_accel.ops.wkv7.checks import check_inputs, common_dtype, data_dtype, wide_dtype
+from rwkv_accel.ops.wkv7.decay import log_decay, logit_grad
 from rwkv_accel.ops.wkv7.layout import Layout, build_layout
 
 
@@ -37,8 +38,8 @@ def _forward(
     inputs: Sequence[Tensor], state: Tensor | None, cu_seqlens: Tensor | None, backend: str, kept: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """out, final state, and what the backward pass needs beside the inputs (nothing unless `kept`)."""
-    r, w_log, k, v, a, b = inputs
-    borders = check_inputs(r, w_log, k, v, a, b, state, cu_seqlens)
+    r, w_low, k, v, a, b, w0 = inputs
+    borders = check_inputs(r, w_low, k, v, a, b, w0, state, cu_seqlens)
     out_dtype = v.dtype
     if _backend_of(inputs, backend) == "triton":
         from rwkv_accel.ops.wkv7 import triton_op
@@ -50,6 +51,7 @@ def _forward(
         extra = [inverse, u, states, _no_maps(final) if maps is None else maps]
     else:
         layout, wide = _chunked_setup(inputs, borders)
+        inputs = _with_log_decay(inputs, wide)
         out, final, states = chunked.run_forward(inputs, None if state is None else state.to(wide), layout, wide)
         extra = [states]
     return out.to(out_dtype), final, extra if kept else []
@@ -78,23 +80,34 @@ def _backward(
         d_final = None if d_final is None else d_final.contiguous()
         with triton_op.on_device(d_out.device):
             saved = (inverse, u, states, maps if len(maps) else None)
-            *grads, d_state = triton_op.run_backward(inputs, d_out, d_final, saved, setup)
+            *grads, d_state = triton_op.run_backward(inputs, d_out, d_final, saved, setup, needed[6])
     else:
-        layout, _ = _chunked_setup(inputs, borders)
-        *grads, d_state = chunked.run_backward(inputs, d_out, d_final, extra[0], layout, tuple(needed))
+        layout, wide = _chunked_setup(inputs, borders)
+        inputs = _with_log_decay(inputs, wide)
+        need_r, need_low, *others, need_w0, need_state = needed
+        needed_here = (need_r, need_low or need_w0, *others, need_state)
+        *grads, d_state = chunked.run_backward(inputs, d_out, d_final, extra[0], layout, needed_here)
+        d_logit = None if grads[1] is None else logit_grad(inputs[1], grads[1])
+        grads[1] = d_logit
+        grads.append(None if d_logit is None else d_logit.sum((0, 1)))
     found = [*(None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes)), d_state]
     return [grad for grad, need in zip(found, needed, strict=True) if need]
 
 
 def _backend_of(inputs: Sequence[Tensor], backend: str) -> str:
     r = inputs[0]
-    dtype = torch.float64 if inputs[1].dtype == torch.float64 else common_dtype(r, *inputs[2:])
-    return select_backend(backend, r.device.type, int(r.shape[-1]), dtype)[0]
+    return select_backend(backend, r.device.type, int(r.shape[-1]), data_dtype(*inputs))[0]
 
 
 def _chunked_setup(inputs: Sequence[Tensor], borders: tuple[int, ...] | None) -> tuple[Layout, torch.dtype]:
     wide = wide_dtype(*inputs)
     return build_layout(tuple(inputs[0].shape), borders, wide.itemsize, inputs[0].device), wide
+
+
+def _with_log_decay(inputs: Sequence[Tensor], wide: torch.dtype) -> list[Tensor]:
+    """r, w_log, k, v, a, b: what the chunked op reads."""
+    r, w_low, *others, w0 = inputs
+    return [r, log_decay(w_low, w0, wide), *others]
 
 
 def _no_maps(state_SHNN: Tensor) -> Tensor:
@@ -120,7 +133,7 @@ def _(
         return out, final, [v.new_empty(num_chunks, heads, size, size, dtype=wide)]
     from rwkv_accel.ops.wkv7.triton_op import choose_sizes
 
-    config, numbers = choose_sizes(v.device, common_dtype(inputs[0], *inputs[2:]), int(size))
+    config, numbers = choose_sizes(v.device, common_dtype(*inputs[:6]), int(size))
     num, kept_dtype = config.chunk_size, numbers.kept
     extra = [
         v.new_empty(num_chunks, heads, num, num, dtype=kept_dtype),

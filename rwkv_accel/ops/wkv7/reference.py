@@ -24,7 +24,8 @@ def wkv7_reference(
     state: Tensor | None,
     borders: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Backend of `wkv7` for checked inputs. Gradients come from autograd, which keeps a state per token."""
+    """Backend of `wkv7` for checked inputs, but for its decay (decay.py). Gradients come from autograd, which keeps a
+    state per token."""
     if borders is None:
         return _recurrence(r, w_log, k, v, a, b, state)
     lengths = [right - left for left, right in pairwise(borders)]

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_accel.ops.elementwise import DECAY_SCALE
 from rwkv_accel.ops.wkv7 import select_backend
 from rwkv_accel.ops.wkv7.checks import wide_dtype
+from rwkv_accel.ops.wkv7.decay import DECAY_SCALE
 
 
 class StepInputs(NamedTuple):

@@ -1,7 +1,7 @@
 """Backward kernels of WKV-7: a light scan for the gradients of the states, then everything else chunk by chunk.
 
     scan_pieces_backward   one program per piece, head and slice of values   dZ, the state's gradient after every chunk
-    chunk_gradients        one program per chunk and head                    all six gradients
+    chunk_gradients        one program per chunk and head                    the gradients of all inputs
 
 Z = (I - Aab) U is what the inverse acts on, dZ its gradient; D is the gradient of the state behind a chunk. The scan
 reads neither k nor v; the second kernel has no serial part and no inverse, so it fills the device at any batch size.
@@ -15,15 +15,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rwkv_accel.ops.wkv7.triton_math import LOG2_E, dot, load_rows, lower_part, operand, store_rows
+from rwkv_accel.ops.wkv7.triton_math import (
+    chunk_of_program,
+    decay_logit_grad,
+    dot,
+    load_log2_decay,
+    load_rows,
+    lower_part,
+    operand,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["heads"])
 def scan_pieces_backward(
     r_p,
-    w_log_p,
+    w_low_p,
     a_p,
     b_p,
+    w0_p,
     d_out_p,
     inverse_p,
     d_end_p,
@@ -51,6 +61,7 @@ def scan_pieces_backward(
     keys = t[:, None] * (heads * N) + n[None, :]
     values = t[:, None] * (heads * N) + row[None, :]
     state_rows = row[:, None] * N + n[None, :]
+    w0_N = tl.load(w0_p + head * N + n)
     if d_end_p is not None:
         d_state_VN = tl.load(d_end_p + (piece * heads + head) * N * N + state_rows)
     else:
@@ -64,7 +75,7 @@ def scan_pieces_backward(
         chunk = (first_chunk + c) * heads + head
         if d_states_p is not None:
             tl.store(d_states_p + chunk * N * N + state_rows, d_state_VN.to(d_states_p.dtype.element_ty))
-        w_CN = load_rows(w_log_p + base, keys, here) * LOG2_E
+        w_CN = load_log2_decay(w_low_p + base, keys, here, w0_N)
         sum_CN = tl.cumsum(w_CN, 0)
         total_N = tl.sum(w_CN, 0)
         a_CN = operand(load_rows(a_p + base, keys, here) * tl.exp2(sum_CN - w_CN), PRECISION)
@@ -87,11 +98,12 @@ def scan_pieces_backward(
 @triton.jit(do_not_specialize=["heads"])
 def chunk_gradients(
     r_p,
-    w_log_p,
+    w_low_p,
     k_p,
     v_p,
     a_p,
     b_p,
+    w0_p,
     d_out_p,
     u_p,
     dz_p,
@@ -99,21 +111,20 @@ def chunk_gradients(
     d_states_p,
     chunks_p,
     dr_p,
-    dw_log_p,
+    dw_low_p,
     dk_p,
     dv_p,
     da_p,
     db_p,
+    d_w0_p,
     heads,
     N: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    chunk = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
-    first_token = tl.load(chunks_p + 2 * chunk)
-    num_tokens = tl.load(chunks_p + 2 * chunk + 1).to(tl.int32)
+    """`d_w0_p` [chunks,H,N]: what every chunk adds to the gradient of w0; None: it is not wanted."""
+    chunk, head, first_token, num_tokens = chunk_of_program(chunks_p, heads)
     t, n = tl.arange(0, C), tl.arange(0, N)
     here = (t < num_tokens)[:, None]
     base = (first_token * heads + head) * N
@@ -129,14 +140,13 @@ def chunk_gradients(
     d_ak_CC = operand(lower_part(dot(dz_CN, tl.trans(v_CN), PRECISION), C, True), PRECISION)
     d_rb_CC = operand(lower_part(dot(d_out_CN, tl.trans(u_CN), PRECISION), C, False), PRECISION)
     d_rk_CC = operand(lower_part(dot(d_out_CN, tl.trans(v_CN), PRECISION), C, False), PRECISION)
-    ak_CC = tl.zeros([C, C], tl.float32)
-    rk_CC = tl.zeros([C, C], tl.float32)
+    ak_CC, rk_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     dv_CN = tl.zeros([C, N], tl.float32)
 
     for block in range(N // K):
         key = block * K + tl.arange(0, K)
         keys = t[:, None] * (heads * N) + key[None, :]
-        w_CK = load_rows(w_log_p + base, keys, here) * LOG2_E
+        w_CK = load_log2_decay(w_low_p + base, keys, here, tl.load(w0_p + head * N + key))
         sum_CK = tl.cumsum(w_CK, 0)
         total_K = tl.sum(w_CK, 0)
         before_CK, decay_CK, growth_CK = tl.exp2(sum_CK - w_CK), tl.exp2(sum_CK), tl.exp2(-sum_CK)
@@ -173,9 +183,12 @@ def chunk_gradients(
         ak_CC += dot(a_CK, k_KC, PRECISION)
         rk_CC += dot(r_CK, k_KC, PRECISION)
         dv_CN += dot(k_CK, tl.trans(d_written_NK), PRECISION)
-        # w_log of a token is in G of this token and of all later ones; a reads G of the token before.
+        # The log decay of a token is in G of this token and of all later ones; a reads G of the token before.
         dw_CK = tl.sum(d_sum_CK, 0)[None, :] - tl.cumsum(d_sum_CK, 0) + d_sum_CK - from_a_CK + d_total_K[None, :]
-        store_rows(dw_log_p + base, keys, dw_CK, here)
+        dw_CK = decay_logit_grad(dw_CK, w_CK)
+        store_rows(dw_low_p + base, keys, dw_CK, here)
+        if d_w0_p is not None:
+            tl.store(d_w0_p + (chunk * heads + head) * N + key, tl.sum(dw_CK, 0))
 
     dv_CN += dot(tl.trans(lower_part(rk_CC, C, False)), d_out_CN, PRECISION)
     dv_CN += dot(tl.trans(lower_part(ak_CC, C, True)), dz_CN, PRECISION)

@@ -102,14 +102,14 @@ def obstacle(family: str, dtype: torch.dtype, head_size: int) -> str | None:
     return None
 
 
-# (family, dtype) -> head size -> chunk, then (block, warps) of the two scans and of the gradients; of the scan that
-# makes transitions where it differs.
+# (family, dtype) -> head size -> chunk, then (block, warps[, stages]) of the two scans and of the gradients; of the
+# scan that makes transitions where it differs.
 _TABLE: dict[tuple[str, torch.dtype], dict[int, tuple]] = {
     ("sm_90", torch.bfloat16): {
         16: (32, (16, 4), (16, 4), (16, 4)),
         32: (16, (32, 4), (32, 4), (32, 4)),
         64: (32, (64, 8), (64, 8), (64, 8)),
-        128: (16, (64, 8), (64, 8), (32, 8)),
+        128: (16, (64, 8), (64, 8), (16, 8)),
     },
     ("sm_90", torch.float16): {
         16: (16, (16, 4), (16, 4), (16, 4)),
@@ -119,7 +119,7 @@ _TABLE: dict[tuple[str, torch.dtype], dict[int, tuple]] = {
     ("sm_90", torch.float32): {
         16: (16, (16, 4), (16, 4), (16, 4)),
         32: (16, (16, 4), (16, 4), (16, 4)),
-        64: (16, (64, 8), (64, 8), (16, 8)),
+        64: (16, (16, 8, 2), (64, 8), (16, 8), (64, 8)),
     },
     ("cuda", torch.bfloat16): {
         16: (32, (16, 4), (16, 4), (16, 4)),
@@ -128,7 +128,7 @@ _TABLE: dict[tuple[str, torch.dtype], dict[int, tuple]] = {
         128: (16, (64, 8), (64, 8), (32, 8)),
     },
     ("cuda", torch.float16): {
-        16: (16, (16, 2), (16, 4), (16, 4)),
+        16: (16, (16, 4, 2), (16, 4), (16, 4)),
         32: (16, (32, 4), (32, 4), (32, 4)),
         64: (16, (32, 8), (32, 8), (64, 8)),
     },

@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 
 from rwkv_accel.ops.wkv7.triton_math import (
-    LOG2_E,
+    chunk_of_program,
     dot,
     inverse_of_unit_lower,
+    load_log2_decay,
     load_rows,
     lower_part,
     operand,
@@ -33,9 +34,10 @@ from rwkv_accel.ops.wkv7.triton_math import (
 
 @triton.jit(do_not_specialize=["heads"])
 def invert_chunks(
-    w_log_p,
+    w_low_p,
     a_p,
     b_p,
+    w0_p,
     chunks_p,
     inverse_p,
     heads,
@@ -44,16 +46,13 @@ def invert_chunks(
     PRECISION: tl.constexpr,
     INVERSE_PRECISION: tl.constexpr,
 ):
-    chunk = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads
-    first_token = tl.load(chunks_p + 2 * chunk)
-    num_tokens = tl.load(chunks_p + 2 * chunk + 1).to(tl.int32)
+    chunk, head, first_token, num_tokens = chunk_of_program(chunks_p, heads)
     t, n = tl.arange(0, C), tl.arange(0, N)
     rows = t[:, None] * (heads * N) + n[None, :]
     here = (t < num_tokens)[:, None]
     base = (first_token * heads + head) * N
 
-    w_CN = load_rows(w_log_p + base, rows, here) * LOG2_E
+    w_CN = load_log2_decay(w_low_p + base, rows, here, tl.load(w0_p + head * N + n))
     sum_CN = tl.cumsum(w_CN, 0)
     a_CN = load_rows(a_p + base, rows, here) * tl.exp2(sum_CN - w_CN)
     b_CN = load_rows(b_p + base, rows, here) * tl.exp2(-sum_CN)
@@ -66,11 +65,12 @@ def invert_chunks(
 @triton.jit(do_not_specialize=["heads"])
 def scan_pieces(
     r_p,
-    w_log_p,
+    w_low_p,
     k_p,
     v_p,
     a_p,
     b_p,
+    w0_p,
     inverse_p,
     start_p,
     pieces_p,
@@ -105,6 +105,7 @@ def scan_pieces(
     keys = t[:, None] * (heads * N) + n[None, :]
     values = t[:, None] * (heads * N) + value[None, :]
     state_rows = row[:, None] * N + n[None, :]
+    w0_N = tl.load(w0_p + head * N + n)
 
     if TRANSITION:
         state_VN = tl.where(row[:, None] == n[None, :], 1.0, 0.0)
@@ -118,7 +119,7 @@ def scan_pieces(
         here = here_C[:, None]
         base = ((first_token + c * C) * heads + head) * N
         chunk = (first_chunk + c) * heads + head
-        w_CN = load_rows(w_log_p + base, keys, here) * LOG2_E
+        w_CN = load_log2_decay(w_low_p + base, keys, here, w0_N)
         sum_CN = tl.cumsum(w_CN, 0)
         total_N = tl.sum(w_CN, 0)
         growth_CN = tl.exp2(-sum_CN)

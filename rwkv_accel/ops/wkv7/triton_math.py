@@ -11,7 +11,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rwkv_accel.ops.wkv7.decay import DECAY_SCALE
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_SCALE = tl.constexpr(DECAY_SCALE * 1.4426950408889634)
+
+
+@triton.jit
+def chunk_of_program(chunks_p, heads):
+    """Chunk, head, first token and number of tokens of a program that has a chunk and head to itself."""
+    chunk = (tl.program_id(0) // heads).to(tl.int64)
+    first_token = tl.load(chunks_p + 2 * chunk)
+    return chunk, tl.program_id(0) % heads, first_token, tl.load(chunks_p + 2 * chunk + 1).to(tl.int32)
 
 
 @triton.jit
@@ -23,6 +34,19 @@ def load_rows(pointer, offsets, mask):
 @triton.jit
 def store_rows(pointer, offsets, value, mask):
     tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_log2_decay(w_low_p, offsets, mask, w0):
+    """log2 of the decay of every token and channel; 0, which decays nothing, for a token that is not there."""
+    logit = tl.load(w_low_p + offsets, mask=mask, other=float("-inf")).to(tl.float32) + w0[None, :]
+    return LOG2_SCALE / (1.0 + tl.exp2(-logit * LOG2_E))
+
+
+@triton.jit
+def decay_logit_grad(d_w_log, log2_decay):
+    """From the gradient of the natural logarithm of the decay to that of its logit: share (1 - share) of the scale."""
+    return d_w_log * (log2_decay / LOG2_E) * (1.0 - log2_decay / LOG2_SCALE)
 
 
 @triton.jit

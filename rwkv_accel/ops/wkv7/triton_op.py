@@ -28,19 +28,20 @@ JOIN_ROWS = 16
 
 def wkv7_triton(
     r: Tensor,
-    w_log: Tensor,
+    w_low: Tensor,
     k: Tensor,
     v: Tensor,
     a: Tensor,
     b: Tensor,
+    w0: Tensor,
     state: Tensor | None,
     borders: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
     """Backend of `wkv7` for checked inputs on a device that Triton compiles for (or under its interpreter).
 
-    r, k, v, a, b are brought to one dtype, strided tensors are copied; w_log and the state are read in fp32.
+    r, w_low, k, v, a, b are brought to one dtype, strided tensors are copied; w0 and the state are read in fp32.
     """
-    inputs, state = uniform((r, w_log, k, v, a, b), state)
+    inputs, state = uniform((r, w_low, k, v, a, b, w0), state)
     setup = choose_setup(r.device, inputs[0].dtype, tuple(r.shape), borders)
     out, final = _TritonWKV7.apply(*inputs, state, setup)
     return out.to(v.dtype), final
@@ -48,10 +49,10 @@ def wkv7_triton(
 
 def uniform(inputs: Sequence[Tensor], state: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     """Inputs and state as the kernels read them."""
-    r, w_log, k, v, a, b = inputs
-    dtype = common_dtype(r, k, v, a, b)
-    r, k, v, a, b = (x.to(dtype).contiguous() for x in (r, k, v, a, b))
-    return [r, w_log.float().contiguous(), k, v, a, b], None if state is None else state.float().contiguous()
+    *narrow, w0 = inputs
+    dtype = common_dtype(*narrow)
+    narrow = [x.to(dtype).contiguous() for x in narrow]
+    return [*narrow, w0.float().contiguous()], None if state is None else state.float().contiguous()
 
 
 class Setup(NamedTuple):
@@ -100,39 +101,43 @@ class _TritonWKV7(torch.autograd.Function):
     def forward(
         ctx: Any,
         r: Tensor,
-        w_log: Tensor,
+        w_low: Tensor,
         k: Tensor,
         v: Tensor,
         a: Tensor,
         b: Tensor,
+        w0: Tensor,
         state: Tensor | None,
         setup: Setup,
     ) -> tuple[Tensor, Tensor]:
+        inputs = (r, w_low, k, v, a, b, w0)
         with on_device(r.device):
             kept = any(ctx.needs_input_grad)
-            out, final, extra = run_forward((r, w_log, k, v, a, b), state, setup, kept)
+            out, final, extra = run_forward(inputs, state, setup, kept)
         ctx.setup = setup
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(r, w_log, k, v, a, b, *extra)
+        ctx.save_for_backward(*inputs, *extra)
         return out, final
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
         check_first_order("wkv7 (triton)")
-        inputs, extra = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        inputs, extra = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        *_, need_w0, need_state, _ = ctx.needs_input_grad
         if d_out is None:
             d_out = torch.zeros_like(inputs[3])
         d_final = None if d_final is None else d_final.contiguous()
         with on_device(d_out.device):
-            *grads, d_state = run_backward(inputs, d_out.contiguous(), d_final, extra, ctx.setup)
-        return (*grads, d_state if ctx.needs_input_grad[6] else None, None)
+            *grads, d_state = run_backward(inputs, d_out.contiguous(), d_final, extra, ctx.setup, need_w0)
+        return (*grads, d_state if need_state else None, None)
 
 
 def run_forward(
     inputs: Sequence[Tensor], state: Tensor | None, setup: Setup, kept: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """out, final state, and what the backward pass needs: inverses, U, states, maps of the pieces."""
-    r, w_log, k, v, a, b = inputs
+    """From r, w_low, k, v, a, b, w0: out, final state, and what the backward pass needs: inverses, U, states, maps of
+    the pieces."""
+    r, w_low, k, v, a, b, w0 = inputs
     config, numbers, pieces = setup
     heads, size = r.shape[2:]
     num = config.chunk_size
@@ -142,7 +147,7 @@ def run_forward(
         invert_chunks,
         pieces.num_chunks * heads,
         config.invert,
-        *(w_log, a, b, pieces.chunks_n2, inverse, heads),
+        *(w_low, a, b, w0, pieces.chunks_n2, inverse, heads),
         **constants,
         INVERSE_PRECISION=numbers.inverse,
     )
@@ -153,7 +158,7 @@ def run_forward(
             scan_pieces,
             pieces.num_pieces * heads * (2 * size // config.transition.block),
             config.transition,
-            *(None, w_log, k, v, a, b, inverse, None, pieces.pieces_P3, None, None, None, maps, heads),
+            *(None, w_low, k, v, a, b, w0, inverse, None, pieces.pieces_P3, None, None, None, maps, heads),
             **constants,
             V=config.transition.block,
             TRANSITION=True,
@@ -169,7 +174,7 @@ def run_forward(
         scan_pieces,
         pieces.num_pieces * heads * (size // config.scan.block),
         config.scan,
-        *(r, w_log, k, v, a, b, inverse, start, pieces.pieces_P3, out, u, states, final, heads),
+        *(r, w_low, k, v, a, b, w0, inverse, start, pieces.pieces_P3, out, u, states, final, heads),
         **constants,
         V=config.scan.block,
         TRANSITION=False,
@@ -185,9 +190,10 @@ def run_backward(
     d_final: Tensor | None,
     extra: tuple[Tensor, ...],
     setup: Setup,
-) -> tuple[Tensor, ...]:
-    """Gradients of r, w_log, k, v, a, b and of the initial state."""
-    r, w_log, k, v, a, b = inputs
+    need_w0: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of r, w_low, k, v, a, b, of w0 (if it is needed) and of the initial state."""
+    r, w_low, k, v, a, b, w0 = inputs
     config, numbers, pieces = setup
     inverse, u, states, maps = extra
     heads, size = r.shape[2:]
@@ -200,7 +206,7 @@ def run_backward(
             scan_pieces_backward,
             programs,
             config.scan_backward,
-            *(r, w_log, a, b, d_out, inverse, d_end, pieces.pieces_P3, dz, d_states, d_start, heads),
+            *(r, w_low, a, b, w0, d_out, inverse, d_end, pieces.pieces_P3, dz, d_states, d_start, heads),
             **constants,
             V=config.scan_backward.block,
         )
@@ -211,18 +217,19 @@ def run_backward(
         d_end = _join(maps, scan(None, None, None), d_final, setup, backward=True)
     dz, d_states = (_empty(x.shape, x.dtype, x.device) for x in (u, states))
     d_start = scan(d_end, dz, d_states)
-    grads = [_empty(x.shape, x.dtype, x.device) for x in inputs]
+    grads = [_empty(x.shape, x.dtype, x.device) for x in inputs[:6]]
+    d_w0 = _empty((pieces.num_chunks, heads, size), torch.float32, r.device) if need_w0 else None
     launch(
         chunk_gradients,
         pieces.num_chunks * heads,
         config.gradients,
-        *(r, w_log, k, v, a, b, d_out, u, dz, states, d_states, pieces.chunks_n2, *grads, heads),
+        *(r, w_low, k, v, a, b, w0, d_out, u, dz, states, d_states, pieces.chunks_n2, *grads, d_w0, heads),
         **{**constants, "PRECISION": numbers.gradients},
         K=config.gradients.block,
     )
     if pieces.is_cut:
         d_start = d_start.index_select(0, pieces.spans_S2[:, 0])
-    return (*grads, d_start)
+    return (*grads, None if d_w0 is None else d_w0.sum(0), d_start)
 
 
 def _join(maps: Tensor, added: Tensor, outer: Tensor | None, setup: Setup, *, backward: bool) -> Tensor:

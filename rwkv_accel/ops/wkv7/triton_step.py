@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_accel.ops.elementwise import DECAY_SCALE
 from rwkv_accel.ops.wkv7 import triton_op
+from rwkv_accel.ops.wkv7.decay import DECAY_SCALE
 from rwkv_accel.ops.wkv7.step import StepInputs, StepWeights
 from rwkv_accel.ops.wkv7.triton_config import Launch
 from rwkv_accel.ops.wkv7.triton_math import LOG2_E

@@ -8,6 +8,7 @@ import torch
 from rwkv_accel.bench import wkv7_gpu, wkv7_tune
 from rwkv_accel.bench.harness import Options, ParityError
 from rwkv_accel.ops.wkv7 import triton_config, wkv7
+from rwkv_accel.ops.wkv7.chunked import wkv7_chunked
 from rwkv_accel.ops.wkv7.triton_config import Launch, default_config
 
 
@@ -21,7 +22,7 @@ def options(device, monkeypatch):
 
 def test_rows_against_a_baseline(options, monkeypatch):
     def chunked(*tensors):
-        return wkv7(*tensors, backend="chunked")
+        return wkv7_chunked(*tensors, None, None)
 
     monkeypatch.setattr(wkv7_gpu, "load_fla", lambda: ("another", chunked))
     rows = {row.name: row for row in wkv7_gpu.measure(options)}

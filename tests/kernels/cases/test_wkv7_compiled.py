@@ -14,7 +14,7 @@ def test_compiled_is_eager(dtype, cut, device, programs):
     torch._dynamo.reset()
     *inputs, state = make_inputs(1, 70, 1, 16, dtype=torch.float32)
     borders = torch.tensor([0, 5, 70])
-    given = [x.to(device, torch.float32 if i == 1 else dtype) for i, x in enumerate(inputs)]
+    given = [x.to(device, torch.float32 if i == 6 else dtype) for i, x in enumerate(inputs)]
     given.append(state.repeat(2, 1, 1, 1).to(device))
     compiled = torch.compile(wkv7, backend="aot_eager", fullgraph=True)
     found, expected = (results(op, given, cu_seqlens=borders, backend="triton") for op in (compiled, wkv7))

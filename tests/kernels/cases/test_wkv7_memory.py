@@ -69,6 +69,7 @@ def test_offsets_beyond_two_to_the_31(device, monkeypatch):
         whole = torch.empty(1, num_tokens, heads, size, dtype=x.dtype, device=device)
         whole[:, -here:] = x
         large.append(whole)
+    large.append(small[6])
     first = num_tokens - here
     tables = [[[first, here, 0]], [[first, 32], [first + 32, here - 32]], [[0, 1]], [0]]
     plain = triton_op.choose_setup(device, torch.bfloat16, tuple(small[0].shape), None)
@@ -76,12 +77,12 @@ def test_offsets_beyond_two_to_the_31(device, monkeypatch):
     d_out = torch.ones_like(small[3])
 
     def run(inputs, d_out, setup):
-        out, final, extra = triton_op.run_forward(inputs, small[6], setup, True)
+        out, final, extra = triton_op.run_forward(inputs, small[7], setup, True)
         *grads, d_state = triton_op.run_backward(inputs, d_out, final, extra, setup)
-        return [x[:, -here:] for x in (out, *grads)] + [final, d_state]
+        return [x[:, -here:] for x in (out, *grads[:6])] + [grads[6], final, d_state]
 
     whole = torch.empty_like(large[3])
     whole[:, -here:] = d_out
     assert plain.config.chunk_size == 32
-    for one, two in zip(run(small[:6], d_out, plain), run(large, whole, setup)):
+    for one, two in zip(run(small[:7], d_out, plain), run(large, whole, setup)):
         assert torch.equal(one, two)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rwkv_accel.ops.wkv7 import triton_op, wkv7
-from tests.unit.ops.wkv7_cases import NAMES, assert_close, make_inputs, results
+from tests.unit.ops.wkv7_cases import NAMES, assert_close, logit, make_inputs, results
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -15,18 +15,18 @@ FP16_LONG = pytest.mark.parametrize(
 
 
 def typed(inputs, dtype, device):
-    """As the model calls it: decays and states stay fp32."""
-    return [x.to(device, torch.float32 if i in (1, 6) else dtype) for i, x in enumerate(inputs)]
+    """As the model calls it: w0 and states stay fp32."""
+    return [x.to(device, torch.float32 if i > 5 else dtype) for i, x in enumerate(inputs)]
 
 
-def check(inputs, dtype, device, **kwargs):
+def check(inputs, dtype, device, flat=(), **kwargs):
     given = typed(inputs, dtype, device)
     found = results(wkv7, given, backend="triton", **kwargs)
     expected = results(wkv7, [x.cpu().double() for x in given], backend="reference", **kwargs)
     for name, x in found.items():
-        assert x.dtype == (torch.float32 if name in ("final", "w_log", "state") else dtype)
+        assert x.dtype == (torch.float32 if name in ("final", "w0", "state") else dtype)
     found = {name: x.cpu() for name, x in found.items()}
-    assert_close(found, expected, TOLERANCE[dtype])
+    assert_close(found, expected, TOLERANCE[dtype], flat=flat)
     return found
 
 
@@ -64,14 +64,14 @@ def test_near_identical_keys(dtype, device):
 @pytest.mark.parametrize("pattern", ["fastest", "slowest", "chunks", "channels"])
 def test_extreme_decays(pattern, dtype, device):
     inputs = make_inputs(1, 80, 1, 32)
-    fast, slow = -0.60653, -1e-7
-    w_log = torch.full_like(inputs[1], slow if pattern == "slowest" else fast)
+    fast, slow = (float(logit(w_log)) for w_log in (-0.60653, -1e-7))
+    w_low = torch.full_like(inputs[1], slow if pattern == "slowest" else fast)
     if pattern == "chunks":
-        w_log[:, 32:64] = slow
+        w_low[:, 32:64] = slow
     elif pattern == "channels":
-        w_log[..., ::2] = slow
-    inputs[1] = w_log
-    check(inputs, dtype, device)
+        w_low[..., ::2] = slow
+    inputs[1], inputs[6] = w_low, torch.zeros_like(inputs[6])
+    check(inputs, dtype, device, flat=("w_low", "w0"))
 
 
 @FP16_LONG
@@ -110,10 +110,10 @@ def test_without_state_and_with_one_result_used(pieces, device, programs):
     for used in (0, 1):
         grads = []
         for backend, given in (("triton", inputs), ("reference", [x.cpu().double() for x in inputs])):
-            leaves = [x.detach().clone().requires_grad_() for x in given[:6]]
+            leaves = [x.detach().clone().requires_grad_() for x in given[:7]]
             loss = wkv7(*leaves, backend=backend)[used].square().sum()
             found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            grads.append({name: x.cpu() for name, x in zip(NAMES[2:8], found)})
+            grads.append({name: x.cpu() for name, x in zip(NAMES[2:9], found)})
         if used:
             assert not grads[0].pop("r").any()
             assert not grads[1].pop("r").any()
@@ -125,7 +125,7 @@ def test_strided_and_mixed_inputs(device):
     plain = results(wkv7, inputs, backend="triton")
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:6]]
     assert not strided[0].is_contiguous()
-    found = results(wkv7, [*strided, inputs[6]], backend="triton")
+    found = results(wkv7, [*strided, *inputs[6:]], backend="triton")
     for name, x in plain.items():
         assert torch.equal(found[name], x), name
     # One fp32 input makes all products fp32; every gradient and the output keep their own dtype.
@@ -140,15 +140,15 @@ def test_strided_and_mixed_inputs(device):
 def test_nothing_is_kept_where_no_gradient_is_asked_for(device, monkeypatch):
     inputs = typed(make_inputs(1, 40, 2, 16), torch.float32, device)
     with torch.no_grad():
-        quiet = wkv7(*inputs[:6], state=inputs[6], backend="triton")
+        quiet = wkv7(*inputs[:7], state=inputs[7], backend="triton")
     made = []
     plain = triton_op._empty
     monkeypatch.setattr(triton_op, "_empty", lambda shape, *rest: made.append(tuple(shape)) or plain(shape, *rest))
     with torch.no_grad():
-        wkv7(*inputs[:6], state=inputs[6], backend="triton")
+        wkv7(*inputs[:7], state=inputs[7], backend="triton")
     assert sorted(made) == [(1, 2, 16, 16), (1, 40, 2, 16), (3, 2, 16, 16)]  # final state, out, inverses
     leaves = [x.requires_grad_() for x in inputs]
-    loud = wkv7(*leaves[:6], state=leaves[6], backend="triton")
+    loud = wkv7(*leaves[:7], state=leaves[7], backend="triton")
     assert torch.equal(quiet[0], loud[0])
     assert torch.equal(quiet[1], loud[1])
 
@@ -176,7 +176,7 @@ def test_a_model_trains_on_it(device):
 
 def test_second_derivative_is_refused(device):
     inputs = [x.requires_grad_() for x in typed(make_inputs(1, 5, 1, 16), torch.float32, device)]
-    out, _ = wkv7(*inputs[:6], backend="triton")
+    out, _ = wkv7(*inputs[:7], backend="triton")
     with pytest.raises(RuntimeError, match=r"wkv7 \(triton\) can be differentiated once"):
         torch.autograd.grad(out.sum(), inputs[0], create_graph=True)
 
@@ -195,14 +195,14 @@ def test_repeated_calls_give_the_same_bits(device):
         (lambda x: [*x[:2], x[2][:, :3], *x[3:]], "^k must have r's shape"),
         (lambda x: [*x[:3], x[3].long(), *x[4:]], "^v must be a floating point tensor, got torch.int64$"),
         (lambda x: [*x[:4], x[4].to("meta"), *x[5:]], "^a must be on r's device"),
-        (lambda x: [*x[:6], x[6][:, :, :8]], r"^state must be \[1, 1, 16, 16\]"),
-        (lambda x: [y[..., :8] for y in x[:6]] + [x[6][..., :8, :8]], "head size 8 is none of 16, 32, 64, 128"),
+        (lambda x: [*x[:7], x[7][:, :, :8]], r"^state must be \[1, 1, 16, 16\]"),
+        (lambda x: [y[..., :8] for y in x[:7]] + [x[7][..., :8, :8]], "head size 8 is none of 16, 32, 64, 128"),
         (lambda x: [x[0].double(), *x[1:]], "the kernels compute in fp32 at most, not in float64"),
-        (lambda x: [x[0], x[1].double(), *x[2:]], "the kernels compute in fp32 at most, not in float64"),
+        (lambda x: [*x[:6], x[6].double(), x[7]], "the kernels compute in fp32 at most, not in float64"),
     ],
 )
 def test_mistakes_are_refused_before_a_kernel_starts(change, message, device, monkeypatch):
     monkeypatch.setattr(triton_op, "launch", lambda *_, **__: pytest.fail("launched"))
     inputs = change(typed(make_inputs(1, 4, 1, 16), torch.float32, device))
     with pytest.raises(ValueError, match=message):
-        wkv7(*inputs[:6], state=inputs[6], backend="triton")
+        wkv7(*inputs[:7], state=inputs[7], backend="triton")

@@ -11,6 +11,9 @@ from rwkv_accel.model import head, time_mix
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.layers import LayerNorm
 from rwkv_accel.model.rwkv7 import RWKV7
+from rwkv_accel.ops.wkv7 import BACKENDS
+from rwkv_accel.ops.wkv7.decay import reading_w_log
+from rwkv_accel.ops.wkv7.reference import wkv7_reference
 
 
 def batch(seed=0, batch_size=2, num_tokens=19, vocab_size=37):
@@ -229,7 +232,7 @@ def test_checkpointing_keeps_only_block_inputs(model_of):
     model.wkv_backend = "chunked"
     for model.gradient_checkpointing in ("none", "selective"):
         kept[model.gradient_checkpointing] = saved_bytes(model) / row_bytes
-    assert kept["block"] < kept["selective"] < 0.8 * kept["none"]
+    assert kept["block"] < kept["selective"] < 0.85 * kept["none"]
 
 
 def test_frozen_base_costs_no_gradient_work(model_of):
@@ -290,12 +293,11 @@ def test_decay_keeps_the_precision_of_its_bias_in_bf16(model_of, monkeypatch):
     """w0 near -8 has steps of 1/32 in bf16; the decay must see the fp32 value."""
     seen = []
 
-    def spy(r, w_log, k, v, a, b, **kwargs):
-        seen.append((r.dtype, w_log, k.dtype, v.dtype, a.dtype, b.dtype))
-        return original(r, w_log, k, v, a, b, **kwargs)
+    def spy(r, w_log, *others):
+        seen.append((w_log, r.dtype, *(x.dtype for x in others[:4])))
+        return wkv7_reference(r, w_log, *others)
 
-    original = time_mix.wkv7
-    monkeypatch.setattr(time_mix, "wkv7", spy)
+    monkeypatch.setitem(BACKENDS, "reference", reading_w_log(spy))
     model = RWKV7(model_of().config, compute_dtype=torch.bfloat16, wkv_backend="reference")
     model.load_state_dict(model_of().state_dict())
     with torch.no_grad():
@@ -305,8 +307,9 @@ def test_decay_keeps_the_precision_of_its_bias_in_bf16(model_of, monkeypatch):
     with torch.no_grad():
         model(batch()[0])
     expected = -torch.exp(torch.tensor(-0.5)) * torch.sigmoid(torch.tensor(-8.01))
-    for r, w_log, *others in seen:
-        assert {r, *others} == {torch.bfloat16}
+    assert len(seen) == model.config.n_layer
+    for w_log, *others in seen:
+        assert set(others) == {torch.bfloat16}
         torch.testing.assert_close(w_log, expected.expand_as(w_log), rtol=1e-6, atol=0)
 
 

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, C channels, H heads, N head size, n interpolations.
 import torch
 import torch.nn.functional as F
 
-from rwkv_accel.ops.elementwise import DECAY_SCALE, head_gate, relu_squared, shift_lerp, start_table, wkv_inputs
+from rwkv_accel.ops.elementwise import head_gate, relu_squared, shift_lerp, start_table, wkv_inputs
 
 
 def tensors(*shapes, seed=0, dtype=torch.float64, device="cpu"):
@@ -30,13 +30,12 @@ def plain_shift_lerp(h, x, shift=None, borders=None):
     return torch.stack([h + (prev - h) * x_i for x_i in x])
 
 
-def plain_wkv_inputs(head_size, k, v, v_first, w_low, a_low, v_low, w0, a0, v0, k_k, k_a):
+def plain_wkv_inputs(head_size, k, v, v_first, a_low, v_low, a0, v0, k_k, k_a):
     heads = (*k.shape[:-1], -1, head_size)
     iclr = torch.sigmoid(a0 + a_low)
     kappa = F.normalize((k * k_k).view(heads), dim=-1, eps=1e-12).view(k.shape)
     value = v if v_first is None else v + (v_first - v) * torch.sigmoid(v0 + v_low)
     return (
-        DECAY_SCALE * torch.sigmoid(w0 + w_low),
         k * (1 + (iclr - 1) * k_a),
         value,
         -kappa,
@@ -71,20 +70,20 @@ def shift_case(kind, B=2, T=7, C=12, n=3, **options):
 
 def inputs_case(first_layer, B=2, T=3, H=2, N=4, **options):
     C = H * N
-    inputs = tensors(*[(B, T, C)] * 6, *[(C,)] * 5, **options)
+    inputs = tensors(*[(B, T, C)] * 5, *[(C,)] * 4, **options)
     if first_layer:
-        inputs = [inputs[i] for i in (0, 1, 3, 4, 6, 7, 9, 10)]  # without v_first, v_low, v0
+        inputs = [inputs[i] for i in (0, 1, 3, 5, 7, 8)]  # without v_first, v_low, v0
 
     def spread(args):
         if not first_layer:
             return args
-        k, v, w_low, a_low, w0, a0, k_k, k_a = args
-        return k, v, None, w_low, a_low, None, w0, a0, None, k_k, k_a
+        k, v, a_low, a0, k_k, k_a = args
+        return k, v, None, a_low, None, a0, None, k_k, k_a
 
     def op(backend):
         def run(*args):
-            k, v, v_first, w_low, a_low, v_low, *vectors = spread(args)
-            return wkv_inputs(k, v, v_first, (w_low, a_low, v_low), tuple(vectors), head_size=N, backend=backend)
+            k, v, v_first, a_low, v_low, *vectors = spread(args)
+            return wkv_inputs(k, v, v_first, (a_low, v_low), tuple(vectors), head_size=N, backend=backend)
 
         return run
 

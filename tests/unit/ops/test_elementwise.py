@@ -93,7 +93,7 @@ def test_start_table():
         ),
         (
             lambda: wkv_inputs(
-                *[torch.zeros(1, 2, 4)] * 3, (*[torch.zeros(1, 2, 4)] * 2, None), (torch.zeros(4),) * 5, head_size=2
+                *[torch.zeros(1, 2, 4)] * 3, (torch.zeros(1, 2, 4), None), (torch.zeros(4),) * 4, head_size=2
             ),
             "all or none",
         ),

@@ -8,11 +8,11 @@ import torch
 from rwkv_accel.ops.wkv7 import available_backends, select_backend, wkv7
 from tests.unit.ops.wkv7_cases import make_inputs
 
-NAMES = ["r", "w_log", "k", "v", "a", "b", "state"]
+NAMES = ["r", "w_low", "k", "v", "a", "b"]
 
 
 def call(inputs, cu_seqlens=None, backend="auto"):
-    return wkv7(*inputs[:6], state=inputs[6], cu_seqlens=cu_seqlens, backend=backend)
+    return wkv7(*inputs[:7], state=inputs[7], cu_seqlens=cu_seqlens, backend=backend)
 
 
 @pytest.mark.parametrize("index", range(1, 6))
@@ -34,7 +34,7 @@ def test_every_input_has_the_shape_dtype_and_device_of_r(index):
 def test_empty_or_flat_inputs(shape):
     x = torch.zeros(shape)
     with pytest.raises(ValueError, match=r"^r must be a non-empty \[batch, tokens, heads, head size\] tensor"):
-        wkv7(x, x, x, x, x, x)
+        wkv7(x, x, x, x, x, x, torch.zeros(2, 8))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_empty_or_flat_inputs(shape):
 )
 def test_state(state, expected):
     with pytest.raises(ValueError, match=expected):
-        call([*make_inputs(1, 4, 2, 8)[:6], state])
+        call([*make_inputs(1, 4, 2, 8)[:7], state])
 
 
 @pytest.mark.parametrize(
@@ -66,15 +66,15 @@ def test_state(state, expected):
 def test_malformed_cu_seqlens(cu_seqlens, expected):
     inputs = make_inputs(1, 4, 2, 8)
     with pytest.raises(ValueError, match=r"^cu_seqlens " + expected):
-        wkv7(*inputs[:6], cu_seqlens=torch.tensor(cu_seqlens))
+        wkv7(*inputs[:7], cu_seqlens=torch.tensor(cu_seqlens))
 
 
 def test_cu_seqlens_needs_one_row_and_integers():
     inputs = make_inputs(2, 4, 2, 8)
     with pytest.raises(ValueError, match=r"^cu_seqlens needs a batch of one row .* got 2 rows$"):
-        wkv7(*inputs[:6], cu_seqlens=torch.tensor([0, 4]))
+        wkv7(*inputs[:7], cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match=r"^cu_seqlens must be int32 or int64, got torch.float32$"):
-        wkv7(*(x[:1] for x in inputs[:6]), cu_seqlens=torch.tensor([0.0, 4.0]))
+        wkv7(*(x[:1] for x in inputs[:6]), inputs[6], cu_seqlens=torch.tensor([0.0, 4.0]))
 
 
 def test_packed_state_has_a_row_per_document():

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from rwkv_accel.ops.wkv7 import wkv7
-from tests.unit.ops.wkv7_cases import NAMES, assert_close, make_inputs, results
+from tests.unit.ops.wkv7_cases import NAMES, assert_close, logit, make_inputs, results
 
 FP64, FP32 = 1e-9, 1e-5
 LENGTHS = [1, 15, 16, 17, 63, 130]
 
 
-def check(inputs, tolerance, **kwargs):
+def check(inputs, tolerance, flat=(), **kwargs):
     expected = results(wkv7, [x.double() for x in inputs], backend="reference", **kwargs)
-    assert_close(results(wkv7, inputs, backend="chunked", **kwargs), expected, tolerance)
+    assert_close(results(wkv7, inputs, backend="chunked", **kwargs), expected, tolerance, flat=flat)
 
 
 @pytest.mark.parametrize("T", [*LENGTHS, 1000])
@@ -39,25 +39,25 @@ def test_near_identical_keys(dtype):
 @pytest.mark.parametrize("pattern", ["fastest", "slowest", "chunks", "channels", "tokens"])
 def test_extreme_decays(pattern, dtype):
     inputs = make_inputs(1, 128, 2, 32, dtype=dtype)
-    fast, slow = -0.60653, -1e-7
-    w_log = torch.full_like(inputs[1], slow if pattern == "slowest" else fast)
+    fast, slow = (float(logit(w_log)) for w_log in (-0.60653, -1e-7))
+    w_low = torch.full_like(inputs[1], slow if pattern == "slowest" else fast)
     if pattern == "chunks":
-        w_log[:, 32:64] = slow
-        w_log[:, 96:] = slow
+        w_low[:, 32:64] = slow
+        w_low[:, 96:] = slow
     elif pattern == "channels":
-        w_log[..., ::2] = slow
+        w_low[..., ::2] = slow
     elif pattern == "tokens":
-        w_log[:, ::3] = slow
-    inputs[1] = w_log
-    check(inputs, FP64 if dtype == torch.float64 else FP32)
+        w_low[:, ::3] = slow
+    inputs[1], inputs[6] = w_low, torch.zeros_like(inputs[6])
+    check(inputs, FP64 if dtype == torch.float64 else FP32, flat=("w_low", "w0"))
 
 
 def test_gradcheck():
     leaves = [x.requires_grad_() for x in make_inputs(1, 19, 1, 3)]
     packed = [x.detach().requires_grad_() for x in make_inputs(1, 21, 1, 2, S=2)]
     borders = torch.tensor([0, 18, 21])
-    assert torch.autograd.gradcheck(lambda *x: wkv7(*x[:6], state=x[6], backend="chunked"), leaves)
-    assert torch.autograd.gradcheck(lambda *x: wkv7(*x[:6], state=x[6], cu_seqlens=borders, backend="chunked"), packed)
+    assert torch.autograd.gradcheck(lambda *x: wkv7(*x[:7], state=x[7], backend="chunked"), leaves)
+    assert torch.autograd.gradcheck(lambda *x: wkv7(*x[:7], state=x[7], cu_seqlens=borders, backend="chunked"), packed)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 100])
@@ -92,9 +92,9 @@ def test_packed_documents_equal_separate_runs():
     lengths = [40, 3, 65, 32]
     inputs = make_inputs(1, sum(lengths), 2, 16, S=4)
     borders = torch.tensor([0, *lengths]).cumsum(0)
-    out, final = wkv7(*inputs[:6], state=inputs[6], cu_seqlens=borders)
+    out, final = wkv7(*inputs[:7], state=inputs[7], cu_seqlens=borders)
     for i, (low, high) in enumerate(zip(borders[:-1], borders[1:])):
-        alone = wkv7(*(x[:, low:high] for x in inputs[:6]), state=inputs[6][i : i + 1])
+        alone = wkv7(*(x[:, low:high] for x in inputs[:6]), inputs[6], state=inputs[7][i : i + 1])
         assert torch.allclose(out[:, low:high], alone[0], rtol=1e-12, atol=1e-12)
         assert torch.allclose(final[i], alone[1][0], rtol=1e-12, atol=1e-12)
 
@@ -103,22 +103,22 @@ def test_documents_do_not_see_each_other():
     inputs = make_inputs(1, 100, 2, 8, S=3)
     borders = torch.tensor([0, 30, 73, 100])
     leaves = [x.requires_grad_() for x in inputs]
-    out, final = wkv7(*leaves[:6], state=leaves[6], cu_seqlens=borders)
+    out, final = wkv7(*leaves[:7], state=leaves[7], cu_seqlens=borders)
     grads = torch.autograd.grad(out[:, 30:73].sum() + final[1].sum(), leaves)
     for grad in grads[:6]:
         assert grad[:, 30:73].abs().amin(dim=(0, 2, 3)).gt(0).sum() >= 42
         assert not grad[:, :30].any()
         assert not grad[:, 73:].any()
-    assert grads[6][1].any()
-    assert not grads[6][[0, 2]].any()
+    assert grads[7][1].any()
+    assert not grads[7][[0, 2]].any()
 
 
 def test_split_sequence_equals_whole():
     inputs = make_inputs(2, 90, 2, 16)
 
     def in_two_parts(*x, state):
-        first, state = wkv7(*(y[:, :37] for y in x), state=state)
-        second, state = wkv7(*(y[:, 37:] for y in x), state=state)
+        first, state = wkv7(*(y[:, :37] for y in x[:6]), x[6], state=state)
+        second, state = wkv7(*(y[:, 37:] for y in x[:6]), x[6], state=state)
         return torch.cat([first, second], dim=1), state
 
     assert_close(results(in_two_parts, inputs), results(wkv7, inputs), 1e-12)
@@ -127,8 +127,9 @@ def test_split_sequence_equals_whole():
 def test_zero_tokens_leave_the_state_alone():
     inputs = make_inputs(2, 70, 2, 16)
     padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 58)) for x in inputs[:6]]
-    out, final = wkv7(*inputs[:6], state=inputs[6])
-    out_padded, final_padded = wkv7(*padded, state=inputs[6])
+    padded[1][:, 70:] = -torch.inf  # no decay at all
+    out, final = wkv7(*inputs[:7], state=inputs[7])
+    out_padded, final_padded = wkv7(*padded, inputs[6], state=inputs[7])
     assert torch.allclose(out_padded[:, :70], out, rtol=1e-12, atol=1e-12)
     assert torch.allclose(final_padded, final, rtol=1e-12, atol=1e-12)
 
@@ -139,7 +140,7 @@ def test_one_input_alone_gets_the_same_gradient(name):
     expected = results(wkv7, inputs)[name]
     index = NAMES.index(name) - 2
     leaf = inputs[index].requires_grad_()
-    out, final = wkv7(*inputs[:6], state=inputs[6])
+    out, final = wkv7(*inputs[:7], state=inputs[7])
     gen = torch.Generator().manual_seed(1)
     weights = [torch.randn(x.shape, generator=gen, dtype=torch.float64) for x in (out, final)]
     ((out * weights[0]).sum() + (final * weights[1]).sum()).backward()
@@ -153,7 +154,7 @@ def test_gradient_of_one_result(used):
 
     def grads(backend):
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        out, final = wkv7(*leaves[:6], state=leaves[6], backend=backend)
+        out, final = wkv7(*leaves[:7], state=leaves[7], backend=backend)
         loss = (out if used == "out" else final).square().sum()
         found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         return dict(zip(NAMES[2:], found))
@@ -167,10 +168,10 @@ def test_gradient_of_one_result(used):
 
 def test_bf16_inputs_are_computed_in_fp32():
     inputs = make_inputs(2, 70, 2, 32, dtype=torch.bfloat16)
-    inputs[1] = make_inputs(2, 70, 2, 32, dtype=torch.float32)[1]
+    inputs[6] = make_inputs(2, 70, 2, 32, dtype=torch.float32)[6]
     found = results(wkv7, inputs)
     for name, x in found.items():
-        assert x.dtype == (torch.float32 if name in ("final", "w_log") else torch.bfloat16)
+        assert x.dtype == (torch.float32 if name in ("final", "w0") else torch.bfloat16)
     # Rounding to bf16 is all that separates them from fp64: 2^-9 per value.
     check(inputs, 2.5e-3)
     final = {"final": found["final"]}
@@ -181,26 +182,28 @@ def test_strided_inputs():
     inputs = make_inputs(2, 45, 3, 8)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:6]]
     assert not strided[0].is_contiguous()
-    assert_close(results(wkv7, [*strided, inputs[6]]), results(wkv7, inputs), 1e-12)
+    assert_close(results(wkv7, [*strided, *inputs[6:]]), results(wkv7, inputs), 1e-12)
     leaf = inputs[0][:, :, :1].clone().requires_grad_()
-    wkv7(leaf.expand(-1, -1, 3, -1), *inputs[1:6])[0].sum().backward()
+    wkv7(leaf.expand(-1, -1, 3, -1), *inputs[1:7])[0].sum().backward()
     full = inputs[0][:, :, :1].repeat(1, 1, 3, 1).requires_grad_()
-    wkv7(full, *inputs[1:6])[0].sum().backward()
+    wkv7(full, *inputs[1:7])[0].sum().backward()
     assert torch.allclose(leaf.grad, full.grad.sum(2, keepdim=True), rtol=1e-12)
 
 
 def test_only_inputs_and_chunk_states_are_kept():
     inputs = [x.requires_grad_() for x in make_inputs(2, 128, 3, 16, dtype=torch.float32)]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
-        wkv7(*inputs[:6], state=inputs[6])
-    input_bytes, state_bytes = 6 * inputs[0].nbytes, inputs[6].nbytes
-    assert sum(kept) == input_bytes + (1 + 128 // 32) * state_bytes
+    kept = {}
+    # The log decay is kept by two, and is one tensor.
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
+        out, _ = wkv7(*inputs[:7], state=inputs[7])
+    assert out.requires_grad
+    input_bytes, state_bytes = 6 * inputs[0].nbytes, inputs[7].nbytes
+    assert sum(kept.values()) == input_bytes + (1 + 128 // 32) * state_bytes
 
 
 def test_second_derivative_is_refused():
     inputs = [x.requires_grad_() for x in make_inputs(1, 20, 1, 4)]
-    out, _ = wkv7(*inputs[:6], backend="chunked")
+    out, _ = wkv7(*inputs[:7], backend="chunked")
     with pytest.raises(RuntimeError, match=r"wkv7 \(chunked\) can be differentiated once"):
         torch.autograd.grad(out.sum(), inputs[0], create_graph=True)
 
@@ -211,7 +214,7 @@ def test_training_after_inference_mode(segment_chunks):
     inputs = make_inputs(1, 70, 2, 8, S=2)
     borders = torch.tensor([0, 20, 70])
     with torch.inference_mode():
-        out, _ = wkv7(*inputs[:6], state=inputs[6], cu_seqlens=borders)
+        out, _ = wkv7(*inputs[:7], state=inputs[7], cu_seqlens=borders)
     found = results(wkv7, inputs, cu_seqlens=borders)
     assert torch.equal(found["out"], out)
     assert_close(found, results(wkv7, inputs, cu_seqlens=borders, backend="reference"), FP64)

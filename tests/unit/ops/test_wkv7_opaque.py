@@ -28,7 +28,7 @@ def test_the_dispatchers_contract():
     torch.library.opcheck(opaque._forward, (inputs, state, None, "chunked", True))
 
 
-@pytest.mark.parametrize("trained", [(0,), (1, 6), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("trained", [(0,), (1, 7), (6,), (2, 3, 4, 5)], ids=str)
 def test_gradients_of_nothing_but_what_asks_for_them(trained):
     inputs = make_inputs(1, 20, 1, 16, dtype=torch.float32)
     *inputs, state = [x.requires_grad_(i in trained) for i, x in enumerate(inputs)]
@@ -39,10 +39,10 @@ def test_gradients_of_nothing_but_what_asks_for_them(trained):
 
 def test_nothing_is_kept_without_gradients():
     inputs = make_inputs(1, 20, 1, 16, dtype=torch.float32)
-    assert opaque._forward(inputs[:6], inputs[6], None, "auto", False)[2] == []
+    assert opaque._forward(inputs[:7], inputs[7], None, "auto", False)[2] == []
 
 
 def test_bad_inputs_are_named():
     inputs = make_inputs(1, 20, 1, 16, dtype=torch.float32)
     with pytest.raises(ValueError, match="end at the number of tokens 20, got 19"):
-        opaque_wkv7(*inputs[:6], state=None, cu_seqlens=torch.tensor([0, 19]), backend="auto")
+        opaque_wkv7(*inputs[:7], state=None, cu_seqlens=torch.tensor([0, 19]), backend="auto")

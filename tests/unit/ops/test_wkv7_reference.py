@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rwkv_accel.ops.wkv7 import wkv7
-from tests.unit.ops.wkv7_cases import assert_close, make_inputs, results
+from tests.unit.ops.wkv7_cases import assert_close, logit, make_inputs, results
 
 
 def numpy_forward(r, w_log, k, v, a, b, start):
@@ -46,17 +46,21 @@ def test_matches_numpy_per_head():
     gen = torch.Generator().manual_seed(1)
     d_out = torch.randn(2, 7, 2, 5, generator=gen, dtype=torch.float64).numpy()
     d_final = torch.randn(2, 2, 5, 5, generator=gen, dtype=torch.float64).numpy()
-    expected = {name: torch.empty_like(x) for name, x in actual.items()}
+    expected = {name: torch.zeros_like(x) for name, x in actual.items()}
     arrays = [x.numpy() for x in inputs]
     for i in range(2):
         for h in range(2):
             head = [x[i, :, h] for x in arrays[:6]]
-            out, states = numpy_forward(*head, arrays[6][i, h])
+            share = 1 / (1 + np.exp(-(arrays[6][h] + head[1])))
+            head[1] = -np.exp(-0.5) * share
+            out, states = numpy_forward(*head, arrays[7][i, h])
             grads = numpy_backward(*head, states, d_out[i, :, h], d_final[i, h])
             expected["out"][i, :, h] = torch.from_numpy(out)
             expected["final"][i, h] = torch.from_numpy(states[-1])
             expected["state"][i, h] = torch.from_numpy(grads[6])
-            for name, grad in zip(("r", "w_log", "k", "v", "a", "b"), grads):
+            grads[1][:] *= head[1] * (1 - share)
+            expected["w0"][h] += torch.from_numpy(grads[1].sum(0))
+            for name, grad in zip(("r", "w_low", "k", "v", "a", "b"), grads):
                 expected[name][i, :, h] = torch.from_numpy(grad)
     assert_close(actual, expected, 1e-13)
 
@@ -67,14 +71,15 @@ def test_two_tokens_by_hand(backend):
     def row(*tokens):
         return torch.tensor(tokens, dtype=torch.float64).view(1, 2, 1, 2)
 
-    half = float(np.log(0.6))
+    half = float(logit(np.log(0.6)))
     out, final = wkv7(
         row([1, 0], [1, 1]),  # r
-        row([half, half], [half, 0]),  # w_log
+        row([half, half], [half, -np.inf]),  # w_low
         row([1, 2], [0, 1]),  # k
         row([3, 5], [1, 0]),  # v
         row([0, 0], [-1, 0]),  # a
         row([0, 0], [0.5, 0.5]),  # b
+        torch.zeros(1, 2),  # w0
         state=torch.tensor([[[[10.0, 0.0], [0.0, 10.0]]]], dtype=torch.float64),
         backend=backend,
     )
@@ -86,10 +91,10 @@ def test_two_tokens_by_hand(backend):
 
 def test_packed_documents_match_separate_runs():
     inputs = make_inputs(1, 9, 2, 4, S=3)
-    packed = wkv7(*inputs[:6], state=inputs[6], cu_seqlens=torch.tensor([0, 2, 3, 9]), backend="reference")
+    packed = wkv7(*inputs[:7], state=inputs[7], cu_seqlens=torch.tensor([0, 2, 3, 9]), backend="reference")
     for i, (low, high) in enumerate([(0, 2), (2, 3), (3, 9)]):
         part = [x[:, low:high] for x in inputs[:6]]
-        out, final = wkv7(*part, state=inputs[6][i : i + 1], backend="reference")
+        out, final = wkv7(*part, inputs[6], state=inputs[7][i : i + 1], backend="reference")
         assert torch.equal(packed[0][:, low:high], out)
         assert torch.equal(packed[1][i : i + 1], final)
 
@@ -97,7 +102,7 @@ def test_packed_documents_match_separate_runs():
 def test_no_state_is_a_state_of_zeros():
     inputs = make_inputs(2, 5, 2, 4)
     for backend in ("reference", "chunked"):
-        without = wkv7(*inputs[:6], backend=backend)
-        zeros = wkv7(*inputs[:6], state=torch.zeros_like(inputs[6]), backend=backend)
+        without = wkv7(*inputs[:7], backend=backend)
+        zeros = wkv7(*inputs[:7], state=torch.zeros_like(inputs[7]), backend=backend)
         assert torch.equal(without[0], zeros[0])
         assert torch.equal(without[1], zeros[1])

@@ -17,9 +17,9 @@ def by_the_recurrence(x, weights, state):
     per_head = (rows, 1, heads, size)
     kappa = F.normalize((x.k * weights.k_k).view(per_head), dim=-1, eps=1e-12)
     k = (x.k * (1 + (x.rate - 1) * weights.k_a)).view(per_head)
-    w_log = -torch.exp(torch.tensor(-0.5, dtype=torch.float64)) * torch.sigmoid(x.w_logit)
-    r, v, rate = (t.view(per_head) for t in (x.r, x.v, x.rate))
-    y, final = wkv7(r, w_log.view(per_head), k, v, -kappa, kappa * rate, state=state, backend="reference")
+    r, w_low, v, rate = (t.view(per_head) for t in (x.r, x.w_logit, x.v, x.rate))
+    w0 = torch.zeros(heads, size)
+    y, final = wkv7(r, w_low, k, v, -kappa, kappa * rate, w0, state=state, backend="reference")
     normed = F.group_norm(y.view(rows, -1), heads, weights.norm_weight, weights.norm_bias, EPS)
     bonus = (r * k * weights.r_k.view(heads, size)).sum(-1, keepdim=True) * v
     return (normed + bonus.view(rows, -1)) * x.gate, final

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rwkv_accel.bench import train_gpu
-from rwkv_accel.ops.wkv7 import BACKENDS, select_backend, wkv7
+from rwkv_accel.ops.wkv7 import BACKENDS, select_backend
+from rwkv_accel.ops.wkv7.chunked import wkv7_chunked
 from tests.helpers import tiny_checkpoint
 
 
@@ -21,7 +22,7 @@ def test_both_train_the_same_model(base):
 
     def op(*tensors):
         calls.append(tensors[0].dtype)
-        return wkv7(*tensors, backend="chunked")
+        return wkv7_chunked(*tensors, None, None)
 
     ids_BT = torch.randint(1, 257, (1, 25), generator=torch.Generator().manual_seed(0))
     losses, trained = {}, {}
@@ -43,6 +44,6 @@ def test_both_train_the_same_model(base):
 
 def test_the_baseline_refuses_what_it_does_not_compute(base):
     arguments = {"who": train_gpu.THEIRS, "base": base, "quant": "none", "recompute": "none", "device": "cpu"}
-    model = train_gpu.build(arguments, lambda *tensors: wkv7(*tensors))
+    model = train_gpu.build(arguments, lambda *tensors: wkv7_chunked(*tensors, None, None))
     with pytest.raises(ValueError, match="plain rows only"):
         model(torch.ones(1, 6, dtype=torch.int64), cu_seqlens=(0, 2, 6))

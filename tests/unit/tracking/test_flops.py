@@ -28,10 +28,10 @@ def load(base, **peft):
 def counted(model, monkeypatch, num_targets=TOKENS):
     """Matrix products of one forward and backward pass, with a recurrence that has none."""
 
-    def elementwise(r, w_log, k, v, a, b, *, state=None, **_):
+    def elementwise(r, w_low, k, v, a, b, w0, *, state=None, **_):
         batch, _, heads, size = r.shape
         state = r.new_zeros(batch, heads, size, size) if state is None else state
-        return r + w_log + k + v + a + b, state
+        return r + w_low + w0 + k + v + a + b, state
 
     monkeypatch.setattr("rwkv_accel.model.time_mix.wkv7", elementwise)
     ids = torch.randint(1, VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(0))

@@ -47,6 +47,34 @@ def runs_triton(backend: str, tensor: Tensor) -> bool:
     return name == "triton" and tensor.dtype != torch.float64
 
 
+def check_alike(like_name: str, like: Tensor, tensors: dict[str, Tensor | None]) -> None:
+    """Raise ValueError for a tensor whose shape, device or kind of dtype is not that of `like`; None is absent."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != like.shape:
+            raise ValueError(f"{name} must have {like_name}'s shape {list(like.shape)}, got {list(tensor.shape)}")
+    check_places(like_name, like, tensors)
+
+
+def check_places(like_name: str, like: Tensor, tensors: dict[str, Tensor | None]) -> None:
+    """Raise ValueError for a tensor that is on another device than `like`, or does not hold floating point values."""
+    if not like.is_floating_point():
+        raise ValueError(f"{like_name} must be a floating point tensor, got {like.dtype}")
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(f"{name} must be on {like_name}'s device {like.device}, got {tensor.device}")
+
+
+def check_vectors(like_name: str, like: Tensor, vectors: dict[str, Tensor | None]) -> None:
+    """Raise ValueError for a vector that does not hold a floating point value per channel of `like`, on its device."""
+    channels = like.shape[-1]
+    for name, vector in vectors.items():
+        if vector is not None and vector.numel() != channels:
+            raise ValueError(f"{name} must have {channels} values, got {vector.numel()}")
+    check_places(like_name, like, vectors)
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of the arithmetic for tensors of `dtype`: fp64 for fp64, otherwise fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_accel.ops.elementwise.backend import runs_triton, wide_dtype
+from rwkv_accel.ops.elementwise.backend import check_alike, check_vectors, runs_triton, wide_dtype
 from rwkv_accel.ops.first_order import check_first_order
 
 
@@ -57,13 +57,9 @@ def head_gate(
     channels = y.shape[-1]
     if channels % head_size:
         raise ValueError(f"{channels} channels are not a multiple of head_size {head_size}")
-    for name, tensor in (("r", r), ("k", k), ("v", v), ("gate", gate)):
-        if tensor.shape != y.shape:
-            raise ValueError(f"{name} must have y's shape {list(y.shape)}, got {list(tensor.shape)}")
+    check_alike("y", y, {"r": r, "k": k, "v": v, "gate": gate})
+    check_vectors("y", y, {"weight": weight, "bias": bias, "r_k": r_k})
     vectors = [vector.reshape(-1) for vector in (weight, bias, r_k)]
-    for name, vector in zip(("weight", "bias", "r_k"), vectors):
-        if vector.numel() != channels:
-            raise ValueError(f"{name} must have {channels} values, got {vector.numel()}")
     return _HeadGate.apply(head_size, eps, runs_triton(backend, y), y, r, k, v, gate, *vectors)
 
 

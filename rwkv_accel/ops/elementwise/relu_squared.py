@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_accel.ops.elementwise.backend import runs_triton
+from rwkv_accel.ops.elementwise.backend import check_places, runs_triton
 from rwkv_accel.ops.first_order import check_first_order
 
 
 def relu_squared(x: Tensor, *, backend: str = "auto") -> Tensor:
-    """x [...] -> relu(x)^2 in x's dtype. Keeps x for the backward pass, nothing else."""
+    """x [...] -> relu(x)^2 in x's dtype. Keeps x for the backward pass, nothing else.
+
+    Raises ValueError for an x that is not floating point.
+    """
+    check_places("x", x, {})
     return _ReluSquared.apply(x, runs_triton(backend, x))
 
 

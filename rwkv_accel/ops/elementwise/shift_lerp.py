@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_accel.ops.elementwise.backend import runs_triton
+from rwkv_accel.ops.elementwise.backend import check_places, runs_triton
 from rwkv_accel.ops.first_order import check_first_order
 
 
@@ -44,6 +44,8 @@ def shift_lerp(
         first_S, starts_T: the packed sequences of a batch of one row: position of each first token, int64 [S], and
             `start_table`. None: every row is one sequence.
         backend: "auto", "torch" or "triton".
+
+    Raises ValueError, before any work, for tensors that do not fit together.
     """
     if h_BTC.dim() != 3 or x_nC.dim() != 2 or x_nC.shape[1] != h_BTC.shape[2] or x_nC.dtype != h_BTC.dtype:
         raise ValueError(
@@ -52,6 +54,17 @@ def shift_lerp(
         )
     if (first_S is None) != (starts_T is None):
         raise ValueError("first_S and starts_T describe the same packed sequences: give both or none")
+    if first_S is not None and starts_T is not None:
+        tables = f"first_S and starts_T must be int64 [S] and int32 [T] on {h_BTC.device} for a batch of one row"
+        good = first_S.dtype == torch.int64 and starts_T.dtype == torch.int32 and first_S.dim() == 1
+        if not good or h_BTC.shape[0] != 1 or starts_T.shape != h_BTC.shape[1:2]:
+            raise ValueError(
+                f"{tables}, got {first_S.dtype} {list(first_S.shape)} and {starts_T.dtype} "
+                f"{list(starts_T.shape)} for {list(h_BTC.shape)}"
+            )
+        if first_S.device != h_BTC.device or starts_T.device != h_BTC.device:
+            raise ValueError(f"{tables}, got {first_S.device} and {starts_T.device}")
+    check_places("h", h_BTC, {"x": x_nC, "shift": shift})
     sequences = h_BTC.shape[0] if first_S is None else len(first_S)
     if shift is not None and shift.shape != (sequences, h_BTC.shape[2]):
         raise ValueError(f"shift must be [{sequences}, {h_BTC.shape[2]}], got {list(shift.shape)}")

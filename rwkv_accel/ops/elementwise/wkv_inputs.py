@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_accel.ops.elementwise.backend import runs_triton, wide_dtype
+from rwkv_accel.ops.elementwise.backend import check_alike, check_vectors, runs_triton, wide_dtype
 from rwkv_accel.ops.first_order import check_first_order
 
 NORM_EPS = 1e-12
@@ -76,12 +76,8 @@ def wkv_inputs(
         raise ValueError(f"{channels} channels are not a multiple of head_size {head_size}")
     if (v_first is None) != (v_low is None) or (v_first is None) != (v0 is None):
         raise ValueError("v_first, v_low and v0 go together: give all or none")
-    for name, tensor in (("v", v), ("v_first", v_first), ("a_low", a_low), ("v_low", v_low)):
-        if tensor is not None and tensor.shape != k.shape:
-            raise ValueError(f"{name} must have k's shape {list(k.shape)}, got {list(tensor.shape)}")
-    for name, vector in zip(("a0", "v0", "k_k", "k_a"), (a0, v0, k_k, k_a)):
-        if vector is not None and vector.numel() != channels:
-            raise ValueError(f"{name} must have {channels} values, got {vector.numel()}")
+    check_alike("k", k, {"v": v, "v_first": v_first, "a_low": a_low, "v_low": v_low})
+    check_vectors("k", k, {"a0": a0, "v0": v0, "k_k": k_k, "k_a": k_a})
     value = v if v_first is not None else None
     triton = runs_triton(backend, k)
     k_out, v_out, a, b = _WKVInputs.apply(head_size, triton, k, value, v_first, a_low, v_low, a0, v0, k_k, k_a)

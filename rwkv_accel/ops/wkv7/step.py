@@ -63,6 +63,10 @@ def wkv7_step(x: StepInputs, weights: StepWeights, state_RHNN: Tensor, eps: floa
 def _check(x: StepInputs, weights: StepWeights, state: Tensor) -> None:
     if state.dim() != 4 or 0 in state.shape or state.shape[2] != state.shape[3]:
         raise ValueError(f"the state must be a non-empty [rows, heads, N, N] tensor, got {list(state.shape)}")
+    if not x.r.is_floating_point():
+        raise ValueError(f"r must be a floating point tensor, got {x.r.dtype}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *weights, state)):
+        raise ValueError("the decode step has no gradient; call it under torch.no_grad(), or wkv7 for training")
     rows, heads, size, _ = state.shape
     wide = wide_dtype(x.r)
     if state.dtype != wide or not state.is_contiguous():

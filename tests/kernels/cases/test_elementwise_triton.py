@@ -61,6 +61,17 @@ def test_lengths(T, device):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_strided_and_expanded_inputs(name, device):
+    op, _, inputs = CASES[name](dtype=torch.float32, device=device, **sizes_of(name, 16, 5))
+    spread = [x.detach()[:1].expand_as(x) if x.dim() == 1 else x.detach() for x in inputs]
+    dense = [x.contiguous().requires_grad_() for x in spread]
+    strided = [x if x.dim() == 1 else x.mT.contiguous().mT for x in spread]
+    assert not any(x.is_contiguous() for x in strided)
+    for got, want in zip(*(results(op("triton"), given) for given in ([x.requires_grad_() for x in strided], dense))):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_guard_bands_stay_and_all_within_is_written(name, device, monkeypatch):
     bands = []
 

@@ -35,7 +35,7 @@ def test_head_size_128(device):
     test_three_tokens(1, 2, 128, torch.bfloat16, device)
 
 
-def test_strided_inputs_and_guard_bands(device):
+def test_strided_inputs_and_guard_bands(device, monkeypatch):
     x, weights, state = step_case(2, 2, 32, torch.float32, device=device)
     plain_state = state.clone()
     plain = wkv7_step(x, weights, plain_state, EPS, backend="triton")
@@ -43,11 +43,16 @@ def test_strided_inputs_and_guard_bands(device):
     inside = whole[256:-256].view(state.shape)
     inside.copy_(state)
     wide = torch.stack(x).transpose(0, 1)
-    out = wkv7_step(StepInputs(*(wide[:, i] for i in range(6))), weights, inside, EPS, backend="triton")
+    whole_out = torch.full((x.r.numel() + 512,), 7.0, device=device)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", lambda like: whole_out[256:-256].view(like.shape))
+        out = wkv7_step(StepInputs(*(wide[:, i] for i in range(6))), weights, inside, EPS, backend="triton")
+    assert out.data_ptr() == whole_out[256:].data_ptr()
     assert torch.equal(out, plain)
     assert torch.equal(inside, plain_state)
-    assert (whole[:256] == 7).all()
-    assert (whole[-256:] == 7).all()
+    for guarded in (whole, whole_out):
+        assert (guarded[:256] == 7).all()
+        assert (guarded[-256:] == 7).all()
 
 
 def test_generation_uses_it(device, monkeypatch):

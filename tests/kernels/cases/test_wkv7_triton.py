@@ -137,6 +137,24 @@ def test_strided_and_mixed_inputs(device):
     assert_close({"final": found["final"].cpu()}, {"final": expected["final"]}, 3e-6)
 
 
+def test_a_frozen_w0_costs_nothing_and_changes_nothing(device, monkeypatch):
+    inputs = typed(make_inputs(1, 21, 2, 16), torch.bfloat16, device)
+    sums = []
+    plain = triton_op._empty
+    monkeypatch.setattr(triton_op, "_empty", lambda shape, *rest: sums.append(len(shape) == 3) or plain(shape, *rest))
+    found = []
+    for frozen in (False, True):
+        sums.clear()
+        leaves = [x.detach().requires_grad_(not (frozen and i == 6)) for i, x in enumerate(inputs)]
+        out, final = wkv7(*leaves[:7], state=leaves[7], backend="triton")
+        (out.float().square().sum() + final.square().sum()).backward()
+        found.append([x.grad for x in leaves])
+        assert sum(sums) == (not frozen)  # only the sums of w0 have three dimensions
+    assert found[1].pop(6) is None
+    assert found[0].pop(6).abs().max() > 0
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
 def test_nothing_is_kept_where_no_gradient_is_asked_for(device, monkeypatch):
     inputs = typed(make_inputs(1, 40, 2, 16), torch.float32, device)
     with torch.no_grad():
@@ -196,6 +214,7 @@ def test_repeated_calls_give_the_same_bits(device):
         (lambda x: [*x[:3], x[3].long(), *x[4:]], "^v must be a floating point tensor, got torch.int64$"),
         (lambda x: [*x[:4], x[4].to("meta"), *x[5:]], "^a must be on r's device"),
         (lambda x: [*x[:7], x[7][:, :, :8]], r"^state must be \[1, 1, 16, 16\]"),
+        (lambda x: [*x[:6], x[6].flatten(), x[7]], r"^w0 must be \[1, 16\]"),
         (lambda x: [y[..., :8] for y in x[:7]] + [x[7][..., :8, :8]], "head size 8 is none of 16, 32, 64, 128"),
         (lambda x: [x[0].double(), *x[1:]], "the kernels compute in fp32 at most, not in float64"),
         (lambda x: [*x[:6], x[6].double(), x[7]], "the kernels compute in fp32 at most, not in float64"),

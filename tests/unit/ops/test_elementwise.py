@@ -73,6 +73,26 @@ def test_start_table():
     assert start_table(torch.tensor([0, 1, 4, 6]), "cpu").tolist() == [0, 1, -1, -1, 2, -1]
 
 
+ROWS = torch.zeros(1, 3, 4)
+
+
+def packed_shift(rows=1, **change):
+    borders = torch.tensor([0, 2, 3])
+    packed = {"first_S": borders[:-1], "starts_T": start_table(borders, "cpu")} | change
+    return shift_lerp(ROWS.expand(rows, -1, -1), torch.zeros(6, 4), **packed)
+
+
+def gate(**change):
+    given = dict.fromkeys(("y", "r", "k", "v", "gate"), ROWS) | dict.fromkeys(("weight", "bias", "r_k"), torch.ones(4))
+    return head_gate(**(given | change), head_size=2, eps=1e-5)
+
+
+def first_inputs(**change):
+    given = dict.fromkeys(("v", "a_low"), ROWS) | dict.fromkeys(("a0", "k_k", "k_a"), torch.ones(4)) | change
+    vectors = (given["a0"], None, given["k_k"], given["k_a"])
+    return wkv_inputs(ROWS, given["v"], None, (given["a_low"], None), vectors, head_size=2)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -98,6 +118,23 @@ def test_start_table():
             "all or none",
         ),
         (lambda: relu_squared(torch.zeros(2), backend="cuda"), "auto, torch, triton"),
+        (lambda: relu_squared(torch.zeros(2).long()), "^x must be a floating point tensor, got torch.int64$"),
+        (lambda: shift_lerp(ROWS.long(), torch.zeros(6, 4).long()), "^h must be a floating point tensor"),
+        (lambda: shift_lerp(ROWS, torch.zeros(6, 4, device="meta")), "^x must be on h's device cpu, got meta$"),
+        (lambda: packed_shift(first_S=torch.tensor([0, 2], dtype=torch.int32)), "got torch.int32"),
+        (lambda: packed_shift(starts_T=start_table(torch.tensor([0, 2, 3]), "cpu").long()), "and torch.int64"),
+        (lambda: packed_shift(starts_T=start_table(torch.tensor([0, 2, 4]), "cpu")), r"\[4\] for \[1, 3, 4\]"),
+        (lambda: packed_shift(rows=2), r"for a batch of one row, got .* for \[2, 3, 4\]"),
+        (lambda: packed_shift(first_S=torch.tensor([0, 2], device="meta")), "^first_S and .* got meta and cpu$"),
+        (lambda: gate(r=ROWS[:, :2]), r"^r must have y's shape \[1, 3, 4\], got \[1, 2, 4\]$"),
+        (lambda: gate(gate=ROWS.long()), "^gate must be a floating point tensor, got torch.int64$"),
+        (lambda: gate(v=ROWS.to("meta")), "^v must be on y's device cpu, got meta$"),
+        (lambda: gate(bias=torch.zeros(4, device="meta")), "^bias must be on y's device cpu, got meta$"),
+        (lambda: gate(r_k=torch.zeros(4).bool()), "^r_k must be a floating point tensor, got torch.bool$"),
+        (lambda: first_inputs(v=ROWS[0]), r"^v must have k's shape \[1, 3, 4\], got \[3, 4\]$"),
+        (lambda: first_inputs(a_low=ROWS.int()), "^a_low must be a floating point tensor, got torch.int32$"),
+        (lambda: first_inputs(k_a=torch.zeros(5)), "^k_a must have 4 values, got 5$"),
+        (lambda: first_inputs(a0=torch.zeros(4, device="meta")), "^a0 must be on k's device cpu, got meta$"),
     ],
 )
 def test_misfits_are_named_before_any_work(call, message):

@@ -52,6 +52,21 @@ def test_state(state, expected):
 
 
 @pytest.mark.parametrize(
+    ("w0", "expected"),
+    [
+        (torch.zeros(16), r"^w0 must be \[2, 8\] \(a value per head and channel\), got \[16\]$"),
+        (torch.zeros(8, 2), r"^w0 must be \[2, 8\]"),
+        (torch.zeros(2, 8, dtype=torch.int64), "^w0 must be a floating point tensor, got torch.int64$"),
+        (torch.zeros(2, 8, device="meta"), "^w0 must be on r's device cpu, got meta$"),
+    ],
+)
+def test_w0(w0, expected):
+    inputs = make_inputs(1, 4, 2, 8)
+    with pytest.raises(ValueError, match=expected):
+        call([*inputs[:6], w0, inputs[7]])
+
+
+@pytest.mark.parametrize(
     ("cu_seqlens", "expected"),
     [
         ([1, 4], "must start at 0, got 1$"),

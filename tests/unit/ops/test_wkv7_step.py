@@ -56,6 +56,10 @@ def test_inputs_stay_as_they_are():
         (lambda x, w, s: (x._replace(v=x.v.to("meta")), w, s), "^v must be on the state's device cpu, got meta$"),
         (lambda x, w, s: (x, w._replace(r_k=w.r_k.view(2, 16)), s), r"^r_k must be \[32\] for a state of"),
         (lambda x, w, s: (x, w._replace(k_k=w.k_k.double()), s), "^k_k must be torch.float32, got torch.float64$"),
+        (lambda x, w, s: (x, w, s[:1].expand(2, -1, -1, -1)), "^the state must be a contiguous"),
+        (lambda x, w, s: (x._replace(r=x.r.long()), w, s), "^r must be a floating point tensor, got torch.int64$"),
+        (lambda x, w, s: (x, w._replace(k_a=w.k_a.requires_grad_()), s), "^the decode step has no gradient"),
+        (lambda x, w, s: (x, w, s.requires_grad_()), "^the decode step has no gradient"),
     ],
 )
 def test_refusals(change, message):

@@ -239,29 +239,38 @@ def ssh_client(tmp_path):
     return folder
 
 
-def test_over_ssh_from_one_machine_and_stopping_there_saves(ssh_client, alone, tmp_path):
+def over_ssh(ssh_client, tmp_path, log, *overrides, **env):
+    """launch/multi_node.sh from this machine, with a file of both hosts."""
     hostfile = tmp_path / "hosts"
     hostfile.write_text("10.77.0.10 slots=1\n10.77.0.11 slots=1\n")
+    settings = environment(HOSTFILE=str(hostfile), **env)
+    settings["PATH"] = f"{ssh_client}:{settings['PATH']}"
+    command = [ROOT / "launch/multi_node.sh", *DEMO, f"out_dir={tmp_path / 'run'}", *overrides]
+    with (tmp_path / log).open("w") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=settings, stdout=out, stderr=subprocess.STDOUT)
+
+
+def test_over_ssh_from_one_machine_and_stopping_there_saves(ssh_client, alone, tmp_path):
     out_dir = tmp_path / "run"
-
-    def begin(log, steps):
-        env = environment(HOSTFILE=str(hostfile), MAIN_PORT="29550")
-        env["PATH"] = f"{ssh_client}:{env['PATH']}"
-        command = [ROOT / "launch/multi_node.sh", *DEMO, f"out_dir={out_dir}", f"trainer.max_steps={steps}"]
-        with (tmp_path / log).open("w") as out:
-            return subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
-
-    first = begin("first.log", STEPS)
+    first = over_ssh(ssh_client, tmp_path, "first.log", f"trainer.max_steps={STEPS}", MAIN_PORT="29550")
     wait_for(lambda: last_step(tmp_path) >= 5, "five steps", SLOW_SECONDS)
     first.terminate()
     first.wait(SLOW_SECONDS)
     wait_for(lambda: (out_dir / "checkpoints/INTERRUPTED").is_dir(), "the trainers save", SLOW_SECONDS)
     # The port is free again when both launchers are gone.
     wait_for(lambda: "rwkv_accel" not in processes(), "both hosts are quiet", SLOW_SECONDS)
-    again = begin("again.log", STEPS)
+    again = over_ssh(ssh_client, tmp_path, "again.log", f"trainer.max_steps={STEPS}", MAIN_PORT="29550")
     assert again.wait(SLOW_SECONDS) == 0, (tmp_path / "again.log").read_text()
     assert "10.77.0.10: continuing from" in (tmp_path / "again.log").read_text()
     assert_same_losses(losses(out_dir), alone)
+
+
+def test_doctor_over_ssh_runs_once_whatever_it_finds(ssh_client, tmp_path):
+    doctor = over_ssh(ssh_client, tmp_path, "doctor.log", "out_dir=/dev/shm/run", ENTRY_POINT="rwkv_accel.doctor")
+    assert doctor.wait(SLOW_SECONDS) != 0
+    text = (tmp_path / "doctor.log").read_text()
+    assert text.count("10.77.0.10: not fit: out_dir") == 1
+    assert "rwh1 does not see what rank 0 writes to /dev/shm" in text
 
 
 def processes() -> str:

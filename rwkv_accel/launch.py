@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkv_accel.errors import UserError
-from rwkv_accel.runtime import EXIT_USER_ERROR
+from rwkv_accel.runtime import EXIT_STOPPED, EXIT_USER_ERROR, SIGNALS, knows_shutdown_timeout
 
 if TYPE_CHECKING:
     from rwkv_accel.cluster.watch import PeerWatch
@@ -45,8 +45,8 @@ RENDEZVOUS_ENDS = {
     "RendezvousClosedError": "the run has ended on the other nodes; look at the output of node 0",
     "RendezvousTimeoutError": "fewer than --min_machines nodes came; start the missing ones, or allow fewer",
 }
-# Trainers save and stop on these. A hang-up (a closed ssh connection) is turned into SIGTERM.
-FORWARDED_SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
+# How long trainers that were told to stop may take to save, if TORCH_ELASTIC_SHUTDOWN_TIMEOUT does not say.
+SAVE_SECONDS = 120
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -105,7 +105,10 @@ class Session:
         """Start the processes of this node and return what they ended with."""
         from accelerate.commands.launch import launch_command, launch_command_parser
 
+        # Trainers save and stop on these. A hang-up (a closed ssh connection) is turned into SIGTERM.
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        for number in SIGNALS:
+            signal.signal(number, _pass_on)
         args = launch_command_parser().parse_args(arguments)
         self._check_recipe(args)
         is_doctor = args.training_script == "rwkv_accel.doctor"
@@ -145,23 +148,26 @@ class Session:
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-        args.signals_to_handle = FORWARDED_SIGNALS
+        args.signals_to_handle = ",".join(number.name for number in SIGNALS)
+        if getattr(args, "shutdown_timeout", None) is None and not knows_shutdown_timeout():
+            args.shutdown_timeout = SAVE_SECONDS
         self._check_gpus(args)
         num_nodes = int(str(args.nnodes).rsplit(":", 1)[-1])
         if num_nodes > 1:
             self._watch_nodes(args, num_nodes)
         failed: dict[int, str] = {}
         try:
-            original(args)
+            with _exit_codes_after_a_signal() as stopped:
+                original(args)
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             code = _agreed_code(list(codes.values()))
-            if code not in (EXIT_USER_ERROR, 75):
+            if code not in (EXIT_USER_ERROR, EXIT_STOPPED):
                 failed = {rank: _how(c) for rank, c in codes.items()}
             self._close(failed)
             raise _Ended(code) from None
         except SignalException as error:
-            raise _Ended(128 + int(error.sigval)) from None
+            raise _Ended(EXIT_STOPPED if set(stopped) == {EXIT_STOPPED} else 128 + int(error.sigval)) from None
         except RendezvousError as error:
             say(f"no place in the run any more: {RENDEZVOUS_ENDS.get(type(error).__name__, str(error))}")
             raise _Ended(1) from None
@@ -256,6 +262,34 @@ def _mistakes_are_final() -> Iterator[None]:
         yield
     finally:
         LocalElasticAgent._monitor_workers = original
+
+
+@contextmanager
+def _exit_codes_after_a_signal() -> Iterator[list[int | None]]:
+    """What the trainers that a signal to the launcher has stopped ended with, which torchrun does not tell."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    original = LocalElasticAgent._shutdown
+    codes: list[int | None] = []
+
+    def shutdown(agent: Any, *args: Any, **kwargs: Any) -> None:
+        original(agent, *args, **kwargs)
+        handlers = getattr(agent._pcontext, "subprocess_handlers", {})
+        codes[:] = [handler.proc.returncode for handler in handlers.values()]
+
+    LocalElasticAgent._shutdown = shutdown
+    try:
+        yield codes
+    finally:
+        LocalElasticAgent._shutdown = original
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    """Of a single process Accelerate's launcher would be ended alone; the trainer is to save, and to end it."""
+    import psutil
+
+    for child in psutil.Process().children():
+        child.send_signal(number)
 
 
 def _end_trainers(silent_seconds: float, *, restarts: bool) -> None:

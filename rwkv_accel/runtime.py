@@ -149,6 +149,11 @@ def _is_launcher(pid: int) -> bool:
     return b"launch" in command or b"torchrun" in command or b"torch.distributed.run" in command
 
 
+def knows_shutdown_timeout() -> bool:
+    """Whether the environment says how long torchrun waits for processes that it has told to stop."""
+    return "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ
+
+
 def set_environment_defaults() -> None:
     """Defaults that must be set before torch and its libraries start; what the user set stays."""
     # Extensions are cached by name only: two environments sharing a home would rebuild each other's.

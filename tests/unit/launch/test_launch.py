@@ -1,6 +1,7 @@
 """The launcher: own options, checks before the start, exit codes, and what it finds different between nodes."""
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -52,6 +53,42 @@ def test_exit_code_is_the_scripts_own(config, code, tmp_path):
     processes = ("--num_processes", 1 if config == "cpu" else 2)
     got, text = run("--config_file", f"accelerate_configs/{config}.yaml", *processes, script)
     assert got == code, text
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("config", ["cpu", "ddp"])
+def test_signal_to_the_launcher_alone_stops_the_trainers_and_waits_for_them(config, number, tmp_path):
+    script = tmp_path / "saves.py"
+    script.write_text(f"""
+import os, pathlib, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    here.with_suffix(".saved").touch()
+    sys.exit(75)
+signal.signal(signal.{number.name}, save)
+here = pathlib.Path({str(tmp_path)!r}, os.environ.get("LOCAL_RANK", "0"))
+here.touch()
+while True: signal.pause()
+""")
+    processes = 1 if config == "cpu" else 2
+    command = ["-m", "rwkv_accel.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
+    launcher = subprocess.Popen(
+        [sys.executable, *command, "--num_processes", str(processes), str(script)],
+        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not all((tmp_path / str(rank)).exists() for rank in range(processes)):
+            assert time.monotonic() < deadline
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        launcher.send_signal(number)
+        _, text = launcher.communicate(timeout=120)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 75, text
+    assert all((tmp_path / f"{rank}.saved").exists() for rank in range(processes))
+    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(("code", "starts"), [(2, 1), (3, 2)])

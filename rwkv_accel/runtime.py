@@ -112,15 +112,25 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
 def end_on_signals() -> None:
     """Until training takes the signals over, one ends the process and asks the launcher for another start."""
+
+    def end_at_once(number: int, frame: Any) -> NoReturn:
+        _say_stopped(number)
+        # An exception would come out in the midst of an import or of a library's own cleaning up, as another one.
+        os._exit(EXIT_STOPPED)
+
     for number in SIGNALS:
-        signal.signal(number, end_by_signal)
+        signal.signal(number, end_at_once)
 
 
 def end_by_signal(number: int, frame: Any) -> NoReturn:
-    """Handler of a signal while there is nothing to save."""
+    """Handler of a signal while there is nothing to save, but perhaps a temporary file to remove."""
+    _say_stopped(number)
+    raise SystemExit(EXIT_STOPPED)
+
+
+def _say_stopped(number: int) -> None:
     # Not through sys.stderr, which the signal may have interrupted in the midst of a line.
     os.write(2, f"stopped by {signal.Signals(number).name}; nothing was lost\n".encode())
-    raise SystemExit(EXIT_STOPPED)
 
 
 def end_with_launcher() -> None:

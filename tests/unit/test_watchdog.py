@@ -49,7 +49,7 @@ def test_a_rank_that_waits_reports_again_when_the_others_halt_again(watched):
     other_rank(watched, 2)
     wait_for_reports(watched, 2)
     text = (watched / "stall-rank0.txt").read_text()
-    assert text.count("rank 1 is stopped as a whole or gone; pid 1 on h: training, step 1") == 2
+    assert text.count("is stopped as a whole or gone; pid 1 on h: training, step 1") == 2
 
 
 def test_nothing_is_reported_twice_while_nothing_changes(watched):

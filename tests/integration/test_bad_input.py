@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from rwkv_accel.train import main
 from tests.helpers import ragged_jsonl, tiny_checkpoint, train_cli, write_recipe
 
 
@@ -60,20 +61,41 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_clear_line(work, case):
+@pytest.mark.usefixtures("run")
+def test_one_clear_line(work, case, tmp_path, capsys):
     args, needles = CASES[case]
     args = [a.format(work=work, r=work / "r.yaml") for a in args]
     if not any(a.startswith("out_dir") for a in args):
-        args.append(f"out_dir={work}/out-{case.replace(' ', '-')}")
-    done = train_cli(*args)
-    assert done.returncode == 2, (done.stdout, done.stderr)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, done.stderr
-    assert "Traceback" not in done.stderr
+        args.append(f"out_dir={tmp_path / 'out'}")
+    assert main(args) == 2
+    assert_one_line(capsys.readouterr().err, needles)
+    # The pulse of a process is removed at its end.
+    assert left_in(tmp_path / "out") <= {*LEFT, "rank-0.json"}
+
+
+LEFT = {".lock", "run.yaml", "environment.json", "train_log.txt", "loss_data.json"}
+
+
+def left_in(out_dir):
+    return {p.name for p in out_dir.glob("**/*") if p.is_file()}
+
+
+def assert_one_line(said, needles):
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, said
+    assert "Traceback" not in said
     for needle in needles:
         assert needle in errors[0]
-    left = {p.name for p in work.glob(f"out-{case.replace(' ', '-')}/**/*") if p.is_file()}
-    assert left <= {".lock", "run.yaml", "environment.json", "train_log.txt", "loss_data.json"}, left
+
+
+@pytest.mark.parametrize("case", ["unknown key", "checkpoint truncated", "broken line"])
+def test_the_command_says_the_same(work, case, tmp_path):
+    args, needles = CASES[case]
+    args = [a.format(work=work, r=work / "r.yaml") for a in args]
+    done = train_cli(*args, f"out_dir={tmp_path / 'out'}")
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert_one_line(done.stderr, needles)
+    assert left_in(tmp_path / "out") <= LEFT
 
 
 def test_skipping_broken_lines_is_a_choice_and_is_reported(work):

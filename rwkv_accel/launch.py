@@ -103,6 +103,10 @@ class Session:
 
     def run(self, arguments: list[str]) -> int:
         """Start the processes of this node and return what they ended with."""
+        # Before Accelerate, which imports torch: a mistake in the recipe is told at once.
+        module = _script_position(arguments) + 1
+        if arguments[module : module + 1] == ["rwkv_accel.train"]:
+            self._read_recipe(arguments[module + 1 :])
         from accelerate.commands.launch import launch_command, launch_command_parser
 
         # Trainers save and stop on these. A hang-up (a closed ssh connection) is turned into SIGTERM.
@@ -127,12 +131,18 @@ class Session:
                 raise UserError(str(error)) from None
         return 0
 
+    def _read_recipe(self, script_arguments: list[str]) -> None:
+        from rwkv_accel.cluster.facts import read_recipe
+
+        self.config = read_recipe(script_arguments)
+
     def _check_recipe(self, args: Any) -> None:
-        from rwkv_accel.cluster.facts import missing_paths, read_recipe
+        from rwkv_accel.cluster.facts import missing_paths
 
         if not args.training_script.startswith("rwkv_accel."):
             return
-        self.config = read_recipe(args.training_script_args)
+        if self.config is None:
+            self._read_recipe(args.training_script_args)
         alone = (args.num_machines or 1) == 1
         if self.config is not None and alone:
             missing = missing_paths(self.config)

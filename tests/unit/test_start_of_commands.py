@@ -10,6 +10,7 @@ from tests.helpers import ROOT, environment, write_recipe
 COMMANDS = {
     "train": ["recipe"],
     "train --dry-run": ["recipe"],
+    "launch --num_processes 2 -m rwkv_accel.train": ["recipe"],
     "data lint": ["recipe"],
     "doctor": ["recipe"],
     "plan": ["recipe", "--gpus", "2"],
@@ -19,7 +20,7 @@ COMMANDS = {
     "export": ["nowhere", "--to", "pth"],
     "inspect": ["nowhere"],
 }
-MODULES = {"train", "generate"}
+MODULES = {"train", "generate", "launch"}
 RUN = """
 import sys
 from rwkv_accel.{module} import main

@@ -86,7 +86,8 @@ def dequantize_nf4(codes: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype:
     for start in range(0, count, CHUNK):
         length = min(CHUNK, count - start)
         packed = flat[start // 2 : (start + length + 1) // 2]
-        values = table[torch.stack([packed >> 4, packed & 15], dim=1).int()].view(-1)[:length]
+        # Not table[...], which makes 64-bit indices of these first.
+        values = table.index_select(0, torch.stack([packed >> 4, packed & 15], dim=1).view(-1).int())[:length]
         scales = absmax[start // BLOCK : -(-(start + length) // BLOCK)]
         if length % BLOCK:
             values = torch.nn.functional.pad(values, (0, -length % BLOCK))
@@ -144,7 +145,13 @@ def quantize_int8(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(codes_OI: Tensor, absmax_O: Tensor, dtype: torch.dtype) -> Tensor:
     """(codes int8 [O, I], absmax fp32 [O]) -> weight [O, I]; fp32 product, rounded once."""
-    return (codes_OI.float() * (absmax_O / 127.0)[:, None]).to(dtype)
+    out = torch.empty(codes_OI.shape, dtype=dtype, device=codes_OI.device)
+    scales_O1 = (absmax_O / 127.0)[:, None]
+    rows = max(1, CHUNK // codes_OI.shape[1])
+    for start in range(0, len(out), rows):
+        part = slice(start, start + rows)
+        out[part] = codes_OI[part].float() * scales_O1[part]
+    return out
 
 
 def pack(weight_OI: Tensor, quant: Quant) -> dict[str, Tensor]:

@@ -7,10 +7,11 @@ then three: the difference is what every further one costs.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -24,7 +25,10 @@ from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.offload import MOVERS
 from rwkv_accel.model.precision import Precision
 from rwkv_accel.model.rwkv7 import RWKV7
-from rwkv_accel.ops.wkv7 import layout
+from rwkv_accel.ops.elementwise.backend import STANDS_FOR
+from rwkv_accel.ops.wkv7 import BACKENDS, layout
+from rwkv_accel.ops.wkv7.pieces import build_pieces
+from rwkv_accel.ops.wkv7.triton_config import obstacle
 from rwkv_accel.peft.apply import count_parameters
 from rwkv_accel.peft.base import FrozenLinear, frozen_linear
 from rwkv_accel.peft.plan import Plan, make_plan
@@ -33,6 +37,8 @@ from rwkv_accel.plan.stretches import first_reached, shortened, stretches_of
 
 FEW = 2
 """Blocks of a stretch that are run at first."""
+COUNTED = "triton, without its kernels"
+"""Backend of the recurrence that allocates what the Triton one does, and computes nothing."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +137,10 @@ def activations_of(config: RWKV7Config, peft: PeftConfig, precision: Precision, 
     return Activations(kept, forward, backward, reached[2], on_host)
 
 
-def meta_model(config: RWKV7Config, plan: Plan, precision: Precision) -> RWKV7:
+def meta_model(config: RWKV7Config, plan: Plan, precision: Precision, wkv_backend: str = "chunked") -> RWKV7:
     """The model that a plan makes, without data."""
     with torch.device("meta"):
-        model = RWKV7(config, compute_dtype=precision.compute, wkv_backend="chunked")
+        model = RWKV7(config, compute_dtype=precision.compute, wkv_backend=wkv_backend)
     packed: dict[tuple[int, int], FrozenLinear] = {}
     for name, module in list(model.named_modules()):
         quant = plan.quant if name in plan.quantised else None
@@ -197,7 +203,8 @@ class _Live(TorchDispatchMode):
 
 def _run(config: RWKV7Config, plan: Plan, precision: Precision, work: Work) -> tuple[int, int, int, int]:
     """(kept between forward and backward, forward's peak, backward's peak, kept on the host) of a model."""
-    model = meta_model(config, plan, precision)
+    backend = wkv_backend_of(config, precision, work.device_type)
+    model = meta_model(config, plan, precision, backend)
     model.gradient_checkpointing, model.loss_chunk_rows = work.checkpointing, work.loss_chunk_rows
     for param in model.parameters():
         if param.requires_grad:
@@ -207,7 +214,7 @@ def _run(config: RWKV7Config, plan: Plan, precision: Precision, work: Work) -> t
     ids_BT = torch.empty(shape, dtype=torch.int64, device="meta")
     rows_R = torch.empty(num_tokens, dtype=torch.int64, device="meta")
     borders = range(0, num_tokens + 1, work.tokens) if work.packed else None
-    with _segments_of(work.device_type), _moving() as host, _Live() as count:
+    with _in_place_of(work.device_type), _moving() as host, _Live() as count:
         loss = model(ids_BT, ids_BT, target_rows=rows_R, cu_seqlens=None if borders is None else list(borders))
         kept, forward_peak, count.peak = count.live, count.peak, 0
         loss.backward()
@@ -218,18 +225,54 @@ def _drop_grad(param: Tensor) -> None:
     param.grad = None
 
 
+def wkv_backend_of(config: RWKV7Config, precision: Precision, device_type: str) -> str:
+    """Backend of the recurrence whose memory is counted: what "auto" takes on a GPU of compute capability 9."""
+    if device_type != "cuda" or find_spec("triton") is None:
+        return "chunked"
+    return "chunked" if obstacle("sm_90", precision.compute, config.head_size) else COUNTED
+
+
 @contextmanager
-def _segments_of(device_type: str) -> Iterator[None]:
-    """The recurrence is cut up for the device that will run it."""
+def _in_place_of(device_type: str) -> Iterator[None]:
+    """Tensors without data are worked on as those of a device are: by the same operators, in the same segments.
+
+    Triton's kernels are left out; what they read and write is allocated around them.
+    """
     size = layout.SEGMENT_BYTES.get(device_type, layout.DEFAULT_SEGMENT_BYTES)
-    layout.SEGMENT_BYTES["meta"] = size
-    clear: Callable[[], None] = layout.build_layout.cache_clear
-    clear()
+    with ExitStack() as undo:
+        for tables in (layout.build_layout, build_pieces):
+            # Those of an earlier trace would not be counted.
+            tables.cache_clear()
+            undo.callback(tables.cache_clear)
+        undo.enter_context(_entry(layout.SEGMENT_BYTES, "meta", size))
+        undo.enter_context(_entry(STANDS_FOR, "meta", device_type))
+        if device_type == "cuda" and find_spec("triton") is not None:
+            undo.enter_context(_without_kernels())
+        yield
+
+
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    from rwkv_accel.ops.wkv7.triton_forward import scan_pieces
+    from rwkv_accel.ops.wkv7.triton_op import wkv7_triton
+
+    kernels: Any = type(scan_pieces)
+    plain, kernels.run = kernels.run, lambda *_, **__: None
+    try:
+        with _entry(BACKENDS, COUNTED, wkv7_triton):
+            yield
+    finally:
+        kernels.run = plain
+
+
+@contextmanager
+def _entry(table: dict[str, Any], key: str, value: Any) -> Iterator[None]:
+    """A value in a table, for a while."""
+    table[key] = value
     try:
         yield
     finally:
-        del layout.SEGMENT_BYTES["meta"]
-        clear()
+        del table[key]
 
 
 class _Host:
@@ -254,11 +297,8 @@ class _Host:
 def _moving() -> Iterator[_Host]:
     """What a device would move to the host is counted."""
     host = _Host()
-    MOVERS["meta"] = host
-    try:
+    with _entry(MOVERS, "meta", host):
         yield host
-    finally:
-        del MOVERS["meta"]
 
 
 def _meta_tensors(tree: Any) -> list[Tensor]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("torch", "triton")
+STANDS_FOR: dict[str, str] = {}
+"""Device type -> device type in whose place it is computed on: tensors without data, of which a plan is made."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ def runs_triton(backend: str, tensor: Tensor) -> bool:
     """
     if backend == "auto" and torch.compiler.is_compiling():
         return False
-    name, _ = select_backend(backend, tensor.device.type)
+    device_type = tensor.device.type
+    name, _ = select_backend(backend, STANDS_FOR.get(device_type, device_type))
     return name == "triton" and tensor.dtype != torch.float64
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rwkv_accel.ops.triton_device import on_device
 
 TILE = 512
 """Values of a tile: four per thread of a program, which leaves registers for a dozen tiles."""
 NUM_WARPS = 4
 SUM_STEPS = 16
 """Tiles that one program adds up where gradients of vectors are wanted."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = NUM_WARPS) -> None:
+    """Queue a kernel whose first argument is a tensor on the device of that tensor."""
+    with on_device(args[0].device):
+        kernel[grid](*args, num_warps=num_warps)
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

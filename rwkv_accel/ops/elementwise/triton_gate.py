@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rwkv_accel.ops.elementwise.head_gate import GateSources
 from rwkv_accel.ops.elementwise.triton_common import (
-    NUM_WARPS,
     SUM_STEPS,
     empty_like,
     empty_sums,
     head_tile,
+    launch,
     load_tile,
     store_tile,
 )
@@ -98,7 +98,7 @@ def head_gate_forward(s: GateSources, head_size: int, eps: float) -> Tensor:
     tokens, heads, tile = _sizes(s.y, head_size)
     out = empty_like(s.y)
     grid = (triton.cdiv(tokens, tile), heads)
-    head_gate_kernel[grid](*s, out, tokens, heads, eps, head_size, tile, num_warps=NUM_WARPS)
+    launch(head_gate_kernel, grid, *s, out, tokens, heads, eps, head_size, tile)
     return out
 
 
@@ -112,9 +112,10 @@ def head_gate_backward(
     blocks = triton.cdiv(tokens, tile * steps)
     grads = [empty_like(x) if need else None for x, need in zip(s[:5], needs[:5])]
     partial = [empty_sums(blocks, heads * head_size, s.y) if sums else None for _ in range(3)]
-    head_gate_grad_kernel[(blocks, heads)](
-        *s, d_out.contiguous(), *grads, *partial, tokens, heads, eps, head_size, tile, steps, num_warps=NUM_WARPS
-    )
+    launch(
+        head_gate_grad_kernel, (blocks, heads),
+        *s, d_out.contiguous(), *grads, *partial, tokens, heads, eps, head_size, tile, steps,
+    )  # fmt: skip
     vectors = [
         part.sum(0).to(x.dtype) if need and part is not None else None
         for part, x, need in zip(partial, s[5:], needs[5:])

@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkv_accel.ops.elementwise.triton_common import (
-    NUM_WARPS,
     SUM_STEPS,
     empty_like,
     empty_sums,
     head_tile,
+    launch,
     load_tile,
     store_tile,
 )
@@ -117,9 +117,10 @@ def wkv_inputs_forward(s: Sources, head_size: int) -> tuple[Tensor | None, ...]:
     tokens, heads, tile = _sizes(s.k, head_size)
     k_out, a, b = (empty_like(s.k) for _ in range(3))
     v_out = None if s.v is None else empty_like(s.k)
-    wkv_inputs_kernel[(triton.cdiv(tokens, tile), heads)](
-        *s, k_out, v_out, a, b, tokens, heads, head_size, tile, NORM_EPS, num_warps=NUM_WARPS
-    )
+    launch(
+        wkv_inputs_kernel, (triton.cdiv(tokens, tile), heads),
+        *s, k_out, v_out, a, b, tokens, heads, head_size, tile, NORM_EPS,
+    )  # fmt: skip
     return k_out, v_out, a, b
 
 
@@ -134,9 +135,10 @@ def wkv_inputs_backward(
     blocks = triton.cdiv(tokens, tile * steps)
     results = [None if x is None or not need else empty_like(x) for x, need in zip(s[:5], needs[:5])]
     partial = empty_sums(blocks, 4 * heads * head_size, s.k) if sums else None
-    wkv_inputs_grad_kernel[(blocks, heads)](
+    launch(
+        wkv_inputs_grad_kernel, (blocks, heads),
         *s, dk_out, dv_out, da, db, *results, partial, tokens, heads,
-        head_size, tile, steps, NORM_EPS, num_warps=NUM_WARPS,
+        head_size, tile, steps, NORM_EPS,
     )  # fmt: skip
     vectors: list[Tensor | None] = [None] * 4
     if partial is not None:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_accel.ops.elementwise.triton_common import NUM_WARPS, empty_like, load_tile, store_tile
+from rwkv_accel.ops.elementwise.triton_common import empty_like, launch, load_tile, store_tile
 
 BLOCK = 1024
 
@@ -35,5 +35,5 @@ def relu_squared_backward(x: Tensor, d_out: Tensor) -> Tensor:
 def _run(x: Tensor, d_out: Tensor | None) -> Tensor:
     out = empty_like(x)
     grid = (triton.cdiv(x.numel(), BLOCK),)
-    relu_squared_kernel[grid](x, d_out, out, x.numel(), BLOCK, num_warps=NUM_WARPS)
+    launch(relu_squared_kernel, grid, x, d_out, out, x.numel(), BLOCK)
     return out

@@ -15,6 +15,7 @@ from rwkv_accel.ops.elementwise.triton_common import (
     SUM_STEPS,
     empty_like,
     empty_sums,
+    launch,
     load_tile,
     store_tile,
 )
@@ -115,9 +116,10 @@ def shift_lerp_forward(h_BTC: Tensor, x_nC: Tensor, shift: Tensor | None, starts
     out_nBTC = empty_like(h_BTC.unsqueeze(0).expand(len(x_nC), *h_BTC.shape))
     shift = None if shift is None else shift.contiguous()
     rows, length, channels, grid = _sizes(h_BTC)
-    shift_lerp_kernel[grid](
+    launch(
+        shift_lerp_kernel, grid,
         h_BTC, x_nC.contiguous(), shift, starts_T, out_nBTC, rows, length, channels,
-        len(x_nC), BLOCK_M, BLOCK_C, num_warps=NUM_WARPS,
+        len(x_nC), BLOCK_M, BLOCK_C,
     )  # fmt: skip
     return out_nBTC
 
@@ -136,7 +138,8 @@ def shift_lerp_backward(
     dh = dx = None
     if need_h:
         dh = empty_like(d_nBTC[0])
-        shift_lerp_grad_kernel[grid](
+        launch(
+            shift_lerp_grad_kernel, grid,
             d_nBTC, x_nC.contiguous(), starts_T, dh, rows, length, channels,
             # Compiled for sm_90 in fp16, four warps leave a register on the stack.
             len(x_nC), BLOCK_M, BLOCK_C, num_warps=NUM_WARPS * (2 if dh.dtype == torch.float16 else 1),
@@ -145,9 +148,10 @@ def shift_lerp_backward(
         assert h_BTC is not None
         blocks = triton.cdiv(rows, BLOCK_M * SUM_STEPS)
         sums = empty_sums(blocks, len(x_nC) * channels, d_nBTC)
-        shift_lerp_weights_kernel[(blocks, grid[1], len(x_nC))](
+        launch(
+            shift_lerp_weights_kernel, (blocks, grid[1], len(x_nC)),
             d_nBTC, h_BTC.contiguous(), None if shift is None else shift.contiguous(), starts_T, sums,
-            rows, length, channels, BLOCK_M, BLOCK_C, SUM_STEPS, num_warps=NUM_WARPS,
+            rows, length, channels, BLOCK_M, BLOCK_C, SUM_STEPS,
         )  # fmt: skip
         dx = sums.sum(0).view(x_nC.shape).to(x_nC.dtype)
     return dh, dx

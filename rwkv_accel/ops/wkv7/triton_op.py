@@ -9,13 +9,13 @@ Shapes: B batch, T tokens, H heads, N head size, S sequences, P pieces, C tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_accel.ops.first_order import check_first_order
+from rwkv_accel.ops.triton_device import on_device
 from rwkv_accel.ops.wkv7.checks import common_dtype
 from rwkv_accel.ops.wkv7.pieces import Pieces, build_pieces
 from rwkv_accel.ops.wkv7.triton_backward import chunk_gradients, scan_pieces_backward
@@ -88,12 +88,6 @@ def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: A
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory that a kernel fills: every result and intermediate comes from here."""
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-def on_device(device: torch.device) -> Any:
-    """Context in which kernels run on the tensors' device."""
-    # Triton launches on the current device, which need not be the tensors'.
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class _TritonWKV7(torch.autograd.Function):

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_accel.ops.triton_device import on_device
 from rwkv_accel.ops.wkv7 import triton_op
 from rwkv_accel.ops.wkv7.decay import DECAY_SCALE
 from rwkv_accel.ops.wkv7.step import StepInputs, StepWeights
@@ -25,7 +26,7 @@ def step_triton(x: StepInputs, weights: StepWeights, state_RHNN: Tensor, eps: fl
     rows, heads, size, _ = state_RHNN.shape
     x = StepInputs(*(t.contiguous() for t in x))
     out = torch.empty_like(x.r)
-    with triton_op.on_device(out.device):
+    with on_device(out.device):
         triton_op.launch(
             decode_step,
             rows * heads,

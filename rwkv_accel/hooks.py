@@ -166,6 +166,7 @@ def on_checkpoint(state: TrainState, run: Run, name: str | None = None) -> None:
                 "saved_step": run.saved_step,
                 "unlogged": run.unlogged,
                 "data": run.loader.state_dict(state.rows_consumed),
+                "data_digest": run.loader.digest,
             },
             extra_tensors=adapter_buffers(model),
         )

@@ -103,6 +103,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     identity = identity_of(config, loader)
     if saved:
         check_same_run(saved["config"], identity, resume_from)
+        check_same_data(saved["extra"].get("data_digest"), loader.digest, resume_from)
     base, digest = prepare_base(config, accelerator)
     if saved:
         check_same_base(saved["base_digest"], digest, resume_from)
@@ -197,6 +198,16 @@ def identity_of(config: RunConfig, loader: TrainLoader) -> dict[str, Any]:
     dump = config.model_dump(mode="json")
     dump["trainer"]["global_batch_size"] = loader.global_batch_size
     return dump
+
+
+def check_same_data(saved_digest: str | None, digest: str | None, checkpoint: Any) -> None:
+    """Raises UserError unless a checkpoint stands at a place in these rows. One that does not say passes."""
+    if saved_digest is not None and saved_digest != digest:
+        raise UserError(
+            f"data.path no longer gives the rows that it gave when checkpoint {checkpoint} was written, so its place "
+            "among them means nothing; put the files back to continue, or give another out_dir for a new run "
+            "(peft.load_path or model.path can start it from the weights of this one)"
+        )
 
 
 def check_same_base(saved_digest: str, digest: str, checkpoint: Any) -> None:

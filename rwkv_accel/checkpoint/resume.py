@@ -45,6 +45,7 @@ IDENTITY_KEYS = (
     "trainer.gradient_clip_val",
     "trainer.limit_train_batches",
     "trainer.overfit_batches",
+    "eval.split_fraction",  # decides which documents are trained on
 )
 FREE_KEYS = frozenset(
     {

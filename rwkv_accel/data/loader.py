@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from rwkv_accel.data.binidx import open_binidx
 from rwkv_accel.data.corpus import Corpus, RunFirst, open_corpora
 from rwkv_accel.data.documents import ReadReport
 from rwkv_accel.data.packing import Subset
-from rwkv_accel.data.rows import FlatRows, PlannedRows, RowSource, highest_token, plan_corpus
+from rwkv_accel.data.rows import FlatRows, PlannedRows, RowSource, digest_rows, highest_token, plan_corpus
 from rwkv_accel.data.sampler import (
     BucketOrder,
     FileOrder,
@@ -81,6 +82,12 @@ class TrainLoader:
     @property
     def windows_per_epoch(self) -> int:
         return -(-self.rows_per_epoch // self.global_batch_size)
+
+    @cached_property
+    def digest(self) -> str | None:
+        """Names what the rows hold, on any number of processes; None for a stream, of which nobody has seen the end."""
+        known = [source for source in self._sources if isinstance(source, (PlannedRows, FlatRows))]
+        return digest_rows(known) if known else None
 
     def total_steps(self, max_epochs: int, max_steps: int | None, max_tokens: int | None = None) -> int:
         """Optimizer updates of the whole run. Known before it begins, also for a number of tokens."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,8 @@ from rwkv_accel.data.packing import RowPlan, Subset, open_plan, plan_rows, save_
 from rwkv_accel.data.store import DocumentStore
 
 CACHE_MIN_DOCUMENTS = 200_000
+SAMPLED_BLOCKS = 256
+BLOCK_TOKENS = 4096
 
 
 class RowSource(Protocol):
@@ -62,6 +66,13 @@ class PlannedRows:
         before_piece = np.concatenate([[0], np.cumsum(self.plan.piece_length, dtype=np.int64)])
         return before_piece[self.plan.row_offsets]
 
+    def parts(self) -> tuple[list[int], list[np.ndarray]]:
+        """Counts and arrays that tell these rows from others."""
+        store = self.store
+        whole = slice(int(store.offsets[0]), int(store.offsets[-1]))
+        arrays = [store.ids[whole]] if store.is_target is None else [store.ids[whole], store.is_target[whole]]
+        return [self.num_rows, self.plan.num_tokens, store.num_documents, store.total_targets], arrays
+
     def documents(self, row: int) -> list[int]:
         """Documents of the store that are in a row."""
         first, end = self.plan.row_offsets[row : row + 2]
@@ -90,6 +101,28 @@ class FlatRows:
     def num_tokens(self, rows: np.ndarray) -> np.ndarray:
         """Input positions of each of the rows, int64."""
         return np.full(len(rows), self.ctx_len, np.int64)
+
+    def parts(self) -> tuple[list[int], list[np.ndarray]]:
+        """Counts and arrays that tell these rows from others."""
+        return [self.num_rows], [self.binidx.tokens]
+
+
+def digest_rows(sources: Sequence[PlannedRows | FlatRows]) -> str:
+    """Names what the rows hold: all counts, and of the tokens all if they are few, else blocks spread evenly."""
+    digest = hashlib.sha256()
+    for source in sources:
+        counts, arrays = source.parts()
+        digest.update(repr([*map(int, counts), *map(len, arrays)]).encode())
+        for array in arrays:
+            digest.update(_sample(array))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _sample(array: np.ndarray) -> bytes:
+    if len(array) <= SAMPLED_BLOCKS * BLOCK_TOKENS:
+        return array.tobytes()
+    starts = np.linspace(0, len(array) - BLOCK_TOKENS, SAMPLED_BLOCKS).astype(np.int64).tolist()
+    return b"".join(array[start : start + BLOCK_TOKENS].tobytes() for start in starts)
 
 
 def plan_corpus(corpus: Corpus, data: DataConfig, run_first: RunFirst, subset: Subset | None = None) -> PlannedRows:

@@ -118,6 +118,7 @@ def test_the_same_recipe_passes():
         ({"trainer": {"seed": 1}}, "trainer.seed was 42 and is now 1"),
         ({"trainer": {"precision": "bf16-mixed"}}, "trainer.precision"),
         ({"trainer": {"global_batch_size": 16}}, "trainer.global_batch_size was 8 and is now 16"),
+        ({"eval": {"split_fraction": 0.1}}, "eval.split_fraction was 0.0 and is now 0.1"),
         ({"model": {"path": None, "init": {"n_layer": 2, "n_embd": 64}}}, "model.init was null and is now"),
     ],
 )

@@ -320,6 +320,28 @@ def test_max_tokens_over_a_mixture(write_jsonl):
     assert [loader.total_steps(9, None, sum(per_step[:n])) for n in range(1, 13)] == list(range(1, 13))
 
 
+def test_digest_names_the_rows_whoever_reads_them(write_jsonl, monkeypatch):
+    records = [{"q": "why", "a": "word " * n} for n in range(1, 40)]
+
+    def digest(lines, **more):
+        path = write_jsonl(lines, f"{len(lines)}.jsonl")
+        return make_loader(path, **{"prompt_column": "q", "response_column": "a", **more}).digest
+
+    whole = digest(records)
+    assert whole == digest(records, rank=1, world_size=3)
+    changed = [*records[:-1], {"q": "why", "a": records[-1]["a"][:-1] + "!"}]
+    others = digest(changed), digest(records[:-1]), digest(records, ctx_len=31), digest(records, target_roles=["user"])
+    assert len({whole, *others}) == 5
+    # Of many tokens a sample is read, the last ones among it.
+    monkeypatch.setattr("rwkv_accel.data.rows.SAMPLED_BLOCKS", 2)
+    monkeypatch.setattr("rwkv_accel.data.rows.BLOCK_TOKENS", 64)
+    assert len({whole, digest(records), digest(changed), digest(records[:-1])}) == 4
+
+
+def test_a_stream_has_no_digest(texts):
+    assert make_loader(texts, streaming=True, trainer={"max_steps": 1}).digest is None
+
+
 @pytest.mark.parametrize(("limit", "rows"), [(2, 8), (0.5, 12), (0.01, 4), (1.0, 23), (99, 23)])
 def test_limit_train_batches_shortens_every_epoch(texts, limit, rows):
     loader = make_loader(texts, trainer={"global_batch_size": 4, "limit_train_batches": limit}, **PAD)

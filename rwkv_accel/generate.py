@@ -22,8 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     model = add_model_flags(parser)
-    parser.add_argument("prompts", nargs="*", metavar="prompt", help="question, put into the chat template")
+    parser.add_argument("prompts", nargs="*", metavar="prompt", help="question, put into the template")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without template")
+    model.add_argument("--template", help="rwkv, raw or a .jinja file; default: what the run used, else rwkv")
 
     modes = parser.add_argument_group("instead of prompts")
     modes.add_argument("--chat", action="store_true", help="talk in the terminal; /exit leaves")

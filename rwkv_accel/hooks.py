@@ -21,7 +21,8 @@ from rwkv_accel.checkpoint import CheckpointWriteError, save_checkpoint
 from rwkv_accel.checkpoint.format import INTERRUPTED
 from rwkv_accel.checkpoint.weights import BEST_DIR
 from rwkv_accel.config.schema import OptimConfig
-from rwkv_accel.data.template import TURN_END, chat_prompt
+from rwkv_accel.data.prompt import sample_prompts
+from rwkv_accel.data.template import TURN_END
 from rwkv_accel.evaluation import EvalResult, Results
 from rwkv_accel.generation.engine import TextGenerator
 from rwkv_accel.heartbeat import beat
@@ -224,14 +225,15 @@ def on_samples(state: TrainState, run: Run) -> None:
 def _answers(run: Run) -> list[dict[str, Any]]:
     """Generated on this process alone; cut short by a stop."""
     samples, model = run.config.samples, unwrap(run.model)
+    template = run.config.data.template
     was_training, generators = model.training, generator_states(run.accelerator.device)
     with run.log.pause():
         answers = TextGenerator(model.eval(), run.tokenizer, should_stop=run.stop.wanted).generate(
-            [prompt if samples.raw else chat_prompt(prompt) for prompt in samples.prompts],
+            sample_prompts(samples, template),
             max_new_tokens=samples.max_new_tokens,
             temperature=samples.temperature,
             top_p=samples.top_p,
-            stop=() if samples.raw else (TURN_END,),
+            stop=(TURN_END,) if template == "rwkv" and not samples.raw else (),
             seed=run.config.trainer.seed,
         )
     model.train(was_training)

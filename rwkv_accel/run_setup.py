@@ -30,6 +30,7 @@ from rwkv_accel.config.load import dump_config
 from rwkv_accel.config.schema import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, RunConfig, TrainerConfig
 from rwkv_accel.data.loader import TrainLoader, build_train_loader
 from rwkv_accel.data.packing import Subset
+from rwkv_accel.data.prompt import sample_prompts
 from rwkv_accel.data.sources import set_names
 from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.disk import foresee_space, prove_writable
@@ -100,6 +101,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     ).start()
     loader, evaluator = build_loader(config, accelerator), build_evaluator(config, accelerator)
     check_answers(config, accelerator)
+    sample_prompts(config.samples, config.data.template)  # a template that cannot write them is told here
     identity = identity_of(config, loader)
     if saved:
         check_same_run(saved["config"], identity, resume_from)

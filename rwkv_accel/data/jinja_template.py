@@ -61,6 +61,10 @@ class JinjaTemplate:
             done, after_reply = text, is_reply
         return spans
 
+    def prompt(self, question: str) -> str:
+        """What inference feeds the model for one question."""
+        return self._text([{"role": "user", "content": question}], None, generation=True)
+
     def _text(self, messages: list[dict[str, str]], tools: object, *, generation: bool) -> str:
         try:
             return self._template.render(

@@ -67,7 +67,7 @@ def recipe_for(args: argparse.Namespace, source: Source) -> RunConfig:
     given["data.tokenizer"] = args.tokenizer or tokenizer_of(source)
     if run is None:
         first = next((path for paths in files.values() for path in paths), "none")
-        given.update({"out_dir": ".", "data.path": first})
+        given.update({"out_dir": ".", "data.path": first, "data.template": source.template or "rwkv"})
     if any(files.values()):
         given["eval"] = {key: paths or None for key, paths in files.items()}
     stop = (*stop_texts(tuple(args.stop or ())), *args.stop_text)

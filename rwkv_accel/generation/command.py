@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-from rwkv_accel.data.template import TURN_END, chat_prompt
+from rwkv_accel.data.prompt import prompt_writer
+from rwkv_accel.data.template import TURN_END
+from rwkv_accel.errors import UserError
 from rwkv_accel.generation.beam import BeamParams, beam_search
 from rwkv_accel.generation.chat import Chat, chat_loop
 from rwkv_accel.generation.engine import Completion, Memory, Request, TextGenerator
@@ -25,26 +27,16 @@ from rwkv_accel.generation.loading import (
 )
 from rwkv_accel.generation.memory_file import load_memory, save_memory
 from rwkv_accel.generation.params import SamplingParams
+from rwkv_accel.peft.adapter_file import read_meta
 from rwkv_accel.runtime import SIGNALS
 
-ROLES = ("User:", "System:")
-
-
-def format_prompt(prompt: str, raw: bool) -> str:
-    """The text the model reads: a question in the chat template, or the prompt as it is.
-
-    A prompt that is written with roles already ("User: ...") only gets the `Assistant:` it ends with.
-    """
-    if raw:
-        return prompt
-    if prompt.startswith(ROLES):
-        return prompt if "Assistant:" in prompt.rsplit("\n\n", 1)[-1] else prompt.rstrip() + "\n\nAssistant:"
-    return chat_prompt(prompt)
+PromptWriter = Callable[[str, bool], str]
 
 
 def run(args: argparse.Namespace, params: SamplingParams) -> int:
     """Everything after the command line was checked; returns the exit code (128 + signal if interrupted)."""
     source = find_source(args.path, base=args.base, adapter=args.adapter)
+    write_prompt, params = _in_template(args, source, params)
     model, tokenizer = load_generator_model(
         source,
         precision=args.precision,
@@ -58,23 +50,44 @@ def run(args: argparse.Namespace, params: SamplingParams) -> int:
     start = load_memory(args.memory, model, model_id=model_id(source)) if args.memory else None
     with stop_on_signal(generator) as signals:
         if args.input:
-            _job(args, generator, params)
+            _job(args, generator, params, write_prompt, source)
         elif args.chat:
             _chat(args, generator, params, start, source, signals)
         elif args.num_beams:
-            _beams(args, generator, params)
+            _beams(args, generator, params, write_prompt)
         else:
-            _print_replies(args, generator, params, start, source)
+            _print_replies(args, generator, params, start, source, write_prompt)
     return 128 + signals.received[0] if signals.received else 0
 
 
+def _in_template(
+    args: argparse.Namespace, source: Source, params: SamplingParams
+) -> tuple[PromptWriter, SamplingParams]:
+    """How a prompt is written for this model (prompt, raw), and the settings with the stops that go with it."""
+    template = args.template or source.template or "rwkv"
+    if template != "rwkv" and (args.chat or (args.memory and not args.raw)):
+        raise UserError(
+            f"a conversation is written in the template rwkv, this model was trained with {template}: give prompts, or "
+            "--template rwkv"
+        )
+    if template == "raw" and not args.stop:
+        params = replace(params, stop=tuple(args.stop_text))
+    in_template = prompt_writer("raw" if args.raw else template)
+    return lambda prompt, raw: prompt if raw else in_template(prompt), params
+
+
 def _print_replies(
-    args: argparse.Namespace, generator: TextGenerator, params: SamplingParams, start: Memory | None, source: Source
+    args: argparse.Namespace,
+    generator: TextGenerator,
+    params: SamplingParams,
+    start: Memory | None,
+    source: Source,
+    write_prompt: PromptWriter,
 ) -> None:
     """Print the reply to each prompt, a single one as it comes."""
     requests = [
         Request(
-            _continued(format_prompt(prompt, args.raw), args),
+            _continued(write_prompt(prompt, args.raw), args),
             replace(params, seed=params.seed + index),
             memory=start,
             keep_memory=args.save_memory is not None,
@@ -97,7 +110,9 @@ def _print_replies(
         _show(f"[{index + 1}] {args.prompts[index]}\n{completion.text.strip()}\n\n")
 
 
-def _beams(args: argparse.Namespace, generator: TextGenerator, params: SamplingParams) -> None:
+def _beams(
+    args: argparse.Namespace, generator: TextGenerator, params: SamplingParams, write_prompt: PromptWriter
+) -> None:
     beam_params = BeamParams(
         num_beams=args.num_beams,
         num_best=args.num_best,
@@ -107,7 +122,7 @@ def _beams(args: argparse.Namespace, generator: TextGenerator, params: SamplingP
         stop=params.stop,
     )
     for prompt in args.prompts:
-        for hypothesis in beam_search(generator, format_prompt(prompt, args.raw), beam_params):
+        for hypothesis in beam_search(generator, write_prompt(prompt, args.raw), beam_params):
             _show(f"{hypothesis.score:.4f} {hypothesis.text.strip()}\n")
 
 
@@ -140,11 +155,25 @@ def _chat(
     _show("\n")
 
 
-def _job(args: argparse.Namespace, generator: TextGenerator, params: SamplingParams) -> None:
+def _job(
+    args: argparse.Namespace,
+    generator: TextGenerator,
+    params: SamplingParams,
+    write_prompt: PromptWriter,
+    model: Source,
+) -> None:
     source, target = Path(args.input), Path(args.output)
-    count = run_job(generator, source, target, params, format_prompt, raw=args.raw)
+    count = run_job(generator, source, target, params, write_prompt, raw=args.raw, model_id=_job_id(args, model))
     where = f"{target}.tmp; start the same command again to go on" if generator.interrupted else target
     _show(f"{count} replies in {where}\n")
+
+
+def _job_id(args: argparse.Namespace, model: Source) -> str:
+    """What tells this model from others at once, without reading a base of gigabytes."""
+    files = [path for path in (model.base, args.time_state) if path is not None]
+    stats = [(str(Path(file).resolve()), Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
+    adapter = read_meta(model.adapter).sha256 if model.adapter else None
+    return repr((stats, adapter, args.precision, args.quant, args.tokenizer, args.template or model.template))
 
 
 def _show(text: str) -> None:

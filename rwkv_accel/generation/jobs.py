@@ -7,6 +7,7 @@ and `text`, `stop_reason`, `num_prompt_tokens`, `num_tokens`, in the order of th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ from rwkv_accel.errors import UserError
 from rwkv_accel.generation.engine import Completion, Request, TextGenerator
 from rwkv_accel.generation.params import SamplingParams, stop_texts
 
-_SETTINGS = {field.name: field.type for field in fields(SamplingParams)}
-_LISTS = ("stop", "stop_ids", "ban_ids")
+_SETTINGS = tuple(field.name for field in fields(SamplingParams))
+_TEXTS, _IDS = ("stop",), ("stop_ids", "ban_ids")
+_WHOLE = ("max_new_tokens", "top_k", "seed")
 _RESULTS = ("text", "stop_reason", "num_prompt_tokens", "num_tokens")
 
 
@@ -31,22 +33,30 @@ def run_job(
     prepare: Callable[[str, bool], str],
     *,
     raw: bool = False,
+    model_id: str = "",
 ) -> int:
     """Answer every line of `source` into `target`; returns how many lines are done (fewer if interrupted).
 
     The whole input is checked before the first token. Results are collected in `target.tmp` as they come; the final
     name appears when all are there. A new call with the same input goes on where an earlier one stopped. Line i
-    without a seed gets params.seed + i. `prepare(prompt, raw)` makes the text that the model reads.
+    without a seed gets params.seed + i. `prepare(prompt, raw)` makes the text that the model reads; `model_id` tells
+    what answers from anything else that might.
 
     Raises:
-        UserError: a line is broken (with file and line), or the target's unfinished results are of another input.
+        UserError: a line is broken (with file and line), source and target are one file, or the target's unfinished
+            results are of another input, other settings or another model.
     """
+    if target.exists() and target.samefile(source):
+        raise UserError(f"{target} would be written over the questions it is read from; give another --output")
     records = [_read_line(line, source, number) for number, line in _lines(source)]
     requests = [_request(record, params, raw, prepare, source, number) for number, record in enumerate(records)]
     part = target.with_name(target.name + ".tmp")
-    done = _read_part(part, records)
+    job = hashlib.sha256(repr((model_id, params, raw)).encode()).hexdigest()
+    done = _read_part(part, records, job)
     todo = [index for index in range(len(records)) if index not in done]
     with open(part, "a", encoding="utf-8") as file:
+        if not file.tell():
+            file.write(json.dumps({"job": job}) + "\n")
         for piece in generator.run(requests[index] for index in todo):
             completion = piece.completion
             if completion is None or completion.stop_reason == "interrupted":
@@ -95,25 +105,57 @@ def _request(
     index: int,
 ) -> Request:
     settings: dict[str, Any] = {"seed": params.seed + index}
-    for name in _SETTINGS.keys() & record.keys():
-        settings[name] = tuple(record[name]) if name in _LISTS and isinstance(record[name], list) else record[name]
     try:
+        for name in _SETTINGS:
+            if name in record:
+                settings[name] = _setting(name, record[name])
         if "stop_set" in record:
-            names = record["stop_set"]
-            settings["stop"] = stop_texts((names,) if isinstance(names, str) else tuple(names))
-        return Request(prepare(record["prompt"], bool(record.get("raw", raw))), replace(params, **settings))
-    except (UserError, TypeError) as error:
+            settings["stop"] = stop_texts(_listed("stop_set", record["stop_set"], str, "a name or a list of names"))
+        is_raw = record.get("raw", raw)
+        if not isinstance(is_raw, bool):
+            raise UserError(f"raw {is_raw!r} is not true or false")
+        return Request(prepare(record["prompt"], is_raw), replace(params, **settings))
+    except UserError as error:
         raise UserError(f"{source}: prompt {index + 1} ({record['prompt'][:40]!r}): {error}") from None
 
 
-def _read_part(part: Path, records: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def _setting(name: str, value: Any) -> Any:
+    """A value of a line as SamplingParams holds it; its bounds are checked there."""
+    if name in _TEXTS:
+        return _listed(name, value, str, "a text or a list of texts")
+    if name in _IDS:
+        return _listed(name, value, int, "a token id or a list of them")
+    if name == "order":
+        wanted, fits = "a text", isinstance(value, str)
+    elif name in _WHOLE:
+        wanted, fits = "a whole number", isinstance(value, int)
+    else:
+        wanted, fits = "a number", isinstance(value, int | float) or (name == "temperature" and value is None)
+    if not fits or isinstance(value, bool):
+        raise UserError(f"{name} {value!r} is not {wanted}")
+    return value
+
+
+def _listed(name: str, value: Any, kind: type, wanted: str) -> tuple[Any, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, kind) and not isinstance(one, bool) for one in values):
+        raise UserError(f"{name} {value!r} is not {wanted}")
+    return tuple(values)
+
+
+def _read_part(part: Path, records: list[dict[str, Any]], job: str) -> dict[int, dict[str, Any]]:
     """Results of an earlier, unfinished call. A line cut off by a crash does not count and is removed."""
     if not part.is_file():
         return {}
     done: dict[int, dict[str, Any]] = {}
     data = part.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    for line in whole.decode("utf-8").split("\n")[:-1]:
+    first, *lines = whole.decode("utf-8").split("\n")[:-1] or [""]
+    if first and json.loads(first) != {"job": job}:
+        raise UserError(
+            f"{part} holds unfinished results of another model or of other settings; finish that job or remove the file"
+        )
+    for line in lines:
         index, result = json.loads(line)
         if index >= len(records) or {k: v for k, v in result.items() if k not in _RESULTS} != records[index]:
             raise UserError(f"{part} holds unfinished results of another input; finish that job or remove the file")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,8 @@ class Source:
     """Adapter folder that goes onto the base."""
     tokenizer: str | None = None
     """Tokenizer that the run or the adapter was trained with; None: not known."""
+    template: str | None = None
+    """data.template likewise."""
 
 
 def find_source(path: str | Path, *, base: str | Path | None = None, adapter: str | Path | None = None) -> Source:
@@ -55,14 +57,20 @@ def find_source(path: str | Path, *, base: str | Path | None = None, adapter: st
     else:
         raise UserError(f"{path} does not exist; give a run folder, an adapter folder or a checkpoint file")
     if base is not None:
-        source = Source(base, source.adapter, source.tokenizer)
+        source = replace(source, base=base)
     if adapter is not None:
         if source.adapter is not None:
             raise UserError(
                 f"{path} already has the adapter {source.adapter}; give base model as PATH, or drop --adapter"
             )
         adapter = Path(adapter)
-        source = Source(source.base, adapter, read_meta(adapter).tokenizer or source.tokenizer)
+        meta = read_meta(adapter)
+        source = replace(
+            source,
+            adapter=adapter,
+            tokenizer=meta.tokenizer or source.tokenizer,
+            template=meta.template or source.template,
+        )
     if not source.base.is_file():
         raise UserError(f"the base model {source.base} of {path} does not exist; give it with --base")
     return source
@@ -167,7 +175,10 @@ def _of_folder(folder: Path, base: Path | None) -> Source:
     models = [folder / f"model{suffix}" for suffix in CHECKPOINT_SUFFIXES if (folder / f"model{suffix}").is_file()]
     if models:
         run = run_folder_of(folder)
-        return Source(models[0], tokenizer=_recipe(run).data.tokenizer if run else None)
+        if run is None:
+            return Source(models[0])
+        data = _recipe(run).data
+        return Source(models[0], tokenizer=data.tokenizer, template=data.template)
     if (folder / RUN_FILE).is_file():
         return _of_folder(latest_weights(folder), base)
     raise UserError(f"{folder} is no run (no {RUN_FILE}) and no save (no {META_FILE}, no model.pth); give one of these")
@@ -176,17 +187,17 @@ def _of_folder(folder: Path, base: Path | None) -> Source:
 def _of_adapter(folder: Path, base: Path | None) -> Source:
     meta, run = read_meta(folder), run_folder_of(folder)
     candidates = [path for path in (base, Path(meta.base_path) if meta.base_path else None) if path]
-    tokenizer = meta.tokenizer
+    tokenizer, template = meta.tokenizer, meta.template
     if run is not None:
         # The run may have moved since: what it started from may still lie in it or where its recipe says.
         config = _recipe(run)
         started_from = config.model.path
         candidates.append(base_checkpoint(started_from) if started_from else run / INIT_FILE)
-        tokenizer = tokenizer or config.data.tokenizer
+        tokenizer, template = tokenizer or config.data.tokenizer, template or config.data.template
     if not candidates:
         raise UserError(f"adapter {folder} does not say where its base model is; give it with --base")
     existing = [path for path in candidates if path.is_file()]
-    return Source((existing or candidates)[0], folder, tokenizer)
+    return Source((existing or candidates)[0], folder, tokenizer, template or None)
 
 
 def _recipe(run: Path) -> RunConfig:

@@ -7,22 +7,27 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from rwkv_accel.config.load import dump_config
 from rwkv_accel.config.schema import ModelConfig, PeftConfig, RunConfig
+from rwkv_accel.data.prompt import prompt_writer
 from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.generate import main
 from rwkv_accel.generation import footprint
-from rwkv_accel.generation.command import format_prompt
 from rwkv_accel.generation.engine import TextGenerator
 from rwkv_accel.generation.params import STOP_SETS
 from rwkv_accel.model.io import checkpoint_digest, save_checkpoint
 from rwkv_accel.peft.adapter_file import AdapterMeta, peft_section, save_adapter
 from rwkv_accel.peft.apply import adapter_parameters, load_model_and_apply_peft
 
+JINJA = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 QUICK = ["--max-new-tokens", "12", "--greedy"]
 
 
@@ -96,12 +101,33 @@ def test_a_question_goes_into_the_template_and_several_are_numbered(files, capsy
     assert (code, out) == (0, f"[1] Hi\n{replies[0]}\n\n[2] User: Ho\n{replies[1]}\n\n")
 
 
-def test_format_prompt():
-    assert format_prompt("a\n\nb", raw=False) == "User: a\nb\n\nAssistant:"
-    assert format_prompt("a\n\nb", raw=True) == "a\n\nb"
-    assert format_prompt("System: s\n\nUser: a", raw=False) == "System: s\n\nUser: a\n\nAssistant:"
+def test_prompts_in_each_template(tmp_path):
+    chat, raw = prompt_writer("rwkv"), prompt_writer("raw")
+    assert chat("a\n\nb") == "User: a\nb\n\nAssistant:"
+    assert raw("a\n\nb") == "a\n\nb"
+    assert chat("System: s\n\nUser: a") == "System: s\n\nUser: a\n\nAssistant:"
     thinking = "User: a\n\nAssistant: <think"
-    assert format_prompt(thinking, raw=False) == thinking
+    assert chat(thinking) == thinking
+    (tmp_path / "t.jinja").write_text(JINJA)
+    assert prompt_writer(str(tmp_path / "t.jinja"))("User: a") == "<user>User: a</user><assistant>"
+
+
+def test_a_model_is_asked_in_the_template_that_it_was_trained_with(files, capsys, tmp_path):
+    root, lora = files
+    for template, want in (("raw", "Hi"), (str(tmp_path / "t.jinja"), "<user>Hi</user><assistant>")):
+        (tmp_path / "t.jinja").write_text(JINJA)
+        run = tmp_path / Path(template).stem
+        shutil.copytree(root / "run", run)
+        config = run_config(run, root / "base.pth")
+        data = config.data.model_copy(update={"template": template})
+        (run / "run.yaml").write_text(dump_config(config.model_copy(update={"data": data})))
+        assert call(capsys, run, "Hi", *QUICK) == (0, greedy(lora, want) + "\n", "")
+        assert call(capsys, run, "Hi", "--raw", *QUICK) == (0, greedy(lora, "Hi") + "\n", "")
+        chat = greedy(lora, "User: Hi\n\nAssistant:") + "\n"
+        assert call(capsys, run, "Hi", "--template", "rwkv", *QUICK) == (0, chat, "")
+        code, _, err = call(capsys, run, "--chat")
+        assert code == 2
+        assert "a conversation is written in the template rwkv, this model was trained with" in err
 
 
 def test_beams_print_scores(files, capsys):
@@ -260,7 +286,7 @@ def test_a_signal_ends_a_job_and_its_next_start_completes_it(files, tmp_path, nu
     argv = [sys.executable, "-m", "rwkv_accel.generate", str(files[0] / "run")]
     job = subprocess.Popen([*argv, "--input", str(source), "--output", str(target)], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (part.is_file() and part.read_text().endswith("\n")):
+    while not (part.is_file() and part.read_text().count("\n") == 2):  # what the job is, and the first reply
         assert time.monotonic() < deadline
         assert job.poll() is None
         time.sleep(0.1)
@@ -270,4 +296,4 @@ def test_a_signal_ends_a_job_and_its_next_start_completes_it(files, tmp_path, nu
     assert out.startswith("1 replies in ")
     assert "start the same command again to go on" in out
     assert not target.exists()
-    assert [json.loads(line)[0] for line in part.read_text().splitlines()] == [0]
+    assert [json.loads(line)[0] for line in part.read_text().splitlines()[1:]] == [0]

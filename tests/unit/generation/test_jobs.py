@@ -101,6 +101,32 @@ def test_unfinished_results_of_another_input_are_not_mixed_in(byte_model, byte_t
         run_job(generator, other, target, PARAMS, plain)
 
 
+@pytest.mark.parametrize("other", [{"model_id": "other"}, {"raw": True}, {"params": SamplingParams(seed=5)}])
+def test_unfinished_results_of_another_model_or_settings_are_not_mixed_in(byte_model, byte_tokenizer, tmp_path, other):
+    source, target = write(tmp_path / "a.jsonl", RECORDS), tmp_path / "out.jsonl"
+    run_job(StopsAfter(byte_model, byte_tokenizer, batch_size=1), source, target, PARAMS, plain, model_id="one")
+    again = {"params": PARAMS, "prepare": plain, "model_id": "one", **other}
+    with pytest.raises(UserError, match="unfinished results of another model or of other settings"):
+        run_job(StopsAfter(byte_model, byte_tokenizer, batch_size=1), source, target, **again)
+
+
+def test_the_questions_are_not_written_over(generator, tmp_path):
+    source = write(tmp_path / "in.jsonl", RECORDS)
+    before = source.read_bytes()
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(UserError, match="give another --output"):
+        run_job(generator, source, tmp_path / "sub" / ".." / "in.jsonl", PARAMS, plain)
+    assert source.read_bytes() == before
+
+
+def test_one_stop_text_is_one_text(generator, tmp_path):
+    (free,) = generator.generate(["<one>"], max_new_tokens=8, temperature=None, stop=())
+    records = [{"prompt": "one", "stop": free.text + "|", "temperature": None}]
+    run_job(generator, write(tmp_path / "in.jsonl", records), tmp_path / "out.jsonl", PARAMS, plain)
+    assert free.text
+    assert read(tmp_path / "out.jsonl")[0]["text"] == free.text
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -109,7 +135,13 @@ def test_unfinished_results_of_another_input_are_not_mixed_in(byte_model, byte_t
         ('["prompt"]', r'in.jsonl:2: needs a non-empty "prompt"'),
         ('{"prompt": "a", "text": "b"}', r"in.jsonl:2: the key text is written by this program"),
         ('{"prompt": "a", "top_p": 0}', r"prompt 2 \('a'\): top_p 0 is out of range"),
-        ('{"prompt": "a", "temperature": "hot"}', r"prompt 2 \('a'\): "),
+        ('{"prompt": "a", "temperature": "hot"}', r"prompt 2 \('a'\): temperature 'hot' is not a number"),
+        ('{"prompt": "a", "max_new_tokens": 2.5}', r"max_new_tokens 2.5 is not a whole number"),
+        ('{"prompt": "a", "max_new_tokens": true}', r"max_new_tokens True is not a whole number"),
+        ('{"prompt": "a", "stop": ["x", 3]}', r"stop \['x', 3\] is not a text or a list of texts"),
+        ('{"prompt": "a", "ban_ids": ["x"]}', r"ban_ids \['x'\] is not a token id"),
+        ('{"prompt": "a", "raw": "false"}', r"raw 'false' is not true or false"),
+        ('{"prompt": "a", "stop_set": 3}', r"stop_set 3 is not a name"),
         ('{"prompt": "a", "stop_set": "chatt"}', r"unknown stop 'chatt'"),
     ],
 )

@@ -52,6 +52,7 @@ FREE_KEYS = frozenset(
         "model.path",  # the base is known by its digest, wherever it lies
         "model.wkv_backend",  # the same maths on another device
         "data.on_bad_line",
+        "data.cache_dir",
     }
 )
 LENGTH_KEYS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_tokens")

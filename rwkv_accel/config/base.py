@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -20,6 +22,25 @@ def _count_or_share(value: int | float) -> int | float:
 
 CountOrShare = Annotated[int | float, AfterValidator(_count_or_share)]
 """3 is three, 0.5 is a half, 1.0 is all."""
+
+
+def _expand(path: str) -> str:
+    if not path.strip():
+        raise ValueError("the path is empty; write one, . for the current folder")
+    path = os.path.expanduser(os.path.expandvars(path))
+    if (unset := re.search(r"\$(\w+|\{\w+\})", path)) is not None:
+        raise ValueError(f"the environment has no variable {unset[1].strip('{}')}; set it, or write the path out")
+    return path
+
+
+def _expand_all(paths: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return _expand(paths) if isinstance(paths, str) else tuple(map(_expand, paths))
+
+
+PathText = Annotated[str, AfterValidator(_expand)]
+"""A file, a folder or a URL; `~` and `$NAME` stand for what they do in a shell."""
+PathTexts = Annotated[str | tuple[str, ...], AfterValidator(_expand_all)]
+"""One, or several of them."""
 
 
 def share_of(limit: int | float | None, whole: int) -> int:

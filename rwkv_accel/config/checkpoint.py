@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from rwkv_accel.config.base import NonNegative, Positive, Strict
+from rwkv_accel.config.base import NonNegative, PathText, Positive, Strict
 
 SECRET_OPTIONS = frozenset(
     "key secret token username password aws_access_key_id aws_secret_access_key aws_session_token".split()
@@ -32,7 +32,7 @@ class CheckpointConfig(Strict):
     background: bool = True
     """Write checkpoints while the training goes on: only the copy to the host's memory holds it up. The copy (trained
     parameters and moments) stays in the memory of the main process until it is on disk."""
-    remote_url: str | None = None
+    remote_url: PathText | None = None
     """URL of storage that gets a copy of every checkpoint, of saved weights and of the logs, such as
     s3://bucket/folder (anything that fsspec opens). Credentials and endpoint come from the environment
     (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL). None: nothing leaves out_dir."""
@@ -43,7 +43,7 @@ class CheckpointConfig(Strict):
     """Read every uploaded file back and compare its checksum. false: compare its size only."""
     remote_wait_seconds: Positive = 600
     """Longest wait for uploads that are not done when the run ends or is stopped."""
-    resume: str = "auto"
+    resume: PathText = "auto"
     """auto: continue from the newest complete checkpoint in out_dir or at remote_url, if any. none: refuse an out_dir
     or a remote_url that has one. Or the path or URL of a checkpoint folder, or the URL of a run's storage; once
     out_dir has checkpoints of its own, one that lies elsewhere is not taken again."""

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rwkv_accel.config.base import Positive, Strict
+from rwkv_accel.config.base import PathText, PathTexts, Positive, Strict
 
 
 class DataConfig(Strict):
     """Where the text comes from and how it becomes rows of tokens."""
 
-    path: str | tuple[str, ...]
+    path: PathTexts
     """Training data, read in this order: .jsonl (one JSON object per line), .txt (documents split at runs of three
     newlines), .parquet, .arrow, .csv, .json, a folder of Dataset.save_to_disk, binidx (name.bin, with name.idx beside
     it), or hub:owner/name. Files may be URLs that fsspec knows (s3://, hf://, https://), binidx excepted."""
@@ -38,7 +38,7 @@ class DataConfig(Strict):
     """Column with the prompt; goes with response_column and wins over the other columns."""
     response_column: str | None = None
     """Column with the reply, the only target."""
-    template: str = "rwkv"
+    template: PathText = "rwkv"
     """How turns become text. rwkv: the official User/Assistant form. raw: the texts side by side, nothing added.
     Or a .jinja file with a chat template of the Hugging Face kind."""
     target_roles: Annotated[tuple[Literal["system", "user", "assistant", "tool"], ...], Field(min_length=1)] = (
@@ -51,7 +51,7 @@ class DataConfig(Strict):
     """Reasoning (`reasoning_content`, or <think>..</think> at the head of a reply). keep: trained as the reply to
     `Assistant: <think`. drop: left out. fast (template rwkv only): as keep, and replies without it follow an empty
     think block."""
-    tokenizer: str = "world"
+    tokenizer: PathText = "world"
     """world: RWKV World vocabulary (65536 ids). byte: one id per byte plus end of text (257 ids). Or the path of a
     Hugging Face tokenizer.json, or of the folder that holds it."""
     ctx_len: Positive = 1024
@@ -71,7 +71,7 @@ class DataConfig(Strict):
     """A broken line or record: stop with file and line number, or skip it and count."""
     shuffle: bool = True
     """Shuffle the rows anew in every epoch (seeded by trainer.seed). False keeps the file's order."""
-    cache_dir: str | None = "~/.cache/rwkv_accel/data"
+    cache_dir: Annotated[PathText | None, Field(validate_default=True)] = "~/.cache/rwkv_accel/data"
     """Folder for the tokens of large sources (32 MB and more) and for the rows of large sets, found again by content
     and settings. None: tokenise at every start, in every process."""
 

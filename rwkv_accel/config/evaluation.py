@@ -7,21 +7,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rwkv_accel.config.base import CountOrShare, NonNegative, Positive, Strict
+from rwkv_accel.config.base import CountOrShare, NonNegative, PathTexts, Positive, Strict
 
 
 class EvalConfig(Strict):
     """Validation during the run, and what follows from its loss."""
 
-    path: str | tuple[str, ...] | None = None
+    path: PathTexts | None = None
     """Validation files; columns, template and tokenizer are those of the data section. Several files are several sets,
     each with its own numbers; the first one decides."""
     split_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Without a path: share of the training documents that is held out for validation and never trained on."""
-    choices_path: str | tuple[str, ...] | None = None
+    choices_path: PathTexts | None = None
     """Multiple-choice files, each a set of its own: records with prompt (or question), choices and answer. Scored by
     log-likelihood; the prompt goes through data.template."""
-    answers_path: str | tuple[str, ...] | None = None
+    answers_path: PathTexts | None = None
     """Files of questions with one right answer, each a set of its own: records with prompt (or question) and answer.
     The model writes a reply greedily; it counts if it is the answer exactly."""
     answers_regex: str | None = None

@@ -59,11 +59,29 @@ SPELLINGS = {
     ("trainer", "limit_val_batches"): ("eval", "limit_batches"),
 }
 
+# What pydantic calls types of Python, in the words of YAML.
+WORDS = {
+    "tuple_type": "write a list, such as [a, b]",
+    "dict_type": "write keys with values below it",
+    "model_type": "write the keys of this section below it",
+}
+
+# Of a key that may hold several types pydantic names the one that it tried.
+TYPE_NAME = re.compile(r"(str|int|float|tuple\[.*)$")
+
 logger = logging.getLogger(__name__)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers have no base 60: 1:12:00:00 is a time, not 259200."""
+    """YAML whose numbers have no base 60: 1:12:00:00 is a time, not 259200. A key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                place = node.value[index][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands there twice", place)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -94,6 +112,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         problem = _apply_override(tree, override)
         if problem:
             problems.append(problem)
+    _fill_empty(tree, RunConfig)
     problems += _respell(tree)
     try:
         config = RunConfig.model_validate(tree)
@@ -110,12 +129,17 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise UserError(f"recipe {path} is a folder; give the YAML file in it")
     if not path.is_file():
-        raise UserError(f"recipe {path} does not exist{_nearest_file(path)}")
+        first = "; the recipe comes first, then key.sub=value" if "=" in path.name else ""
+        raise UserError(f"recipe {path} does not exist{_nearest_file(path)}{first}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        raise UserError(f"recipe {path} is empty; docs/recipes.md shows the shortest one")
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} holds {type(tree).__name__}, not sections like `model:` and `data:`")
     return tree
@@ -133,8 +157,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
         return f"override {override!r} is not of the form key.sub=value, for example optim.lr_init=2e-5"
     try:
         value = yaml.load(text, _Loader) if text else None
-    except yaml.YAMLError:
-        return f"override {override!r}: the value is not valid YAML; quote it"
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or "the value cannot be read"
+        return f"override {override!r} is not valid YAML ({reason}); quote what is a text"
     *sections, last = key.split(".")
     node: Any = tree
     for name in sections:
@@ -145,6 +170,17 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
             return f"override {override!r}: {name} is a value, not a section"
     node[last] = value
     return None
+
+
+def _fill_empty(tree: dict[str, Any], model: type[BaseModel]) -> None:
+    """A section of which nothing is left but its name (`optim:`, all keys commented out) has the defaults."""
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        if section is not None and name in tree:
+            if tree[name] is None and field.annotation is section:
+                tree[name] = {}
+            if isinstance(tree[name], dict):
+                _fill_empty(tree[name], section)
 
 
 def _respell(tree: dict[str, Any]) -> list[str]:
@@ -165,7 +201,7 @@ def _respell(tree: dict[str, Any]) -> list[str]:
 
 
 def _describe(error: Any) -> str:
-    loc = ".".join(str(part) for part in error["loc"])
+    loc = ".".join(str(part) for part in error["loc"] if not TYPE_NAME.match(str(part)))
     kind = error["type"]
     if kind == "extra_forbidden":
         return f"unknown key {loc}{_suggest(loc)}"
@@ -175,6 +211,8 @@ def _describe(error: Any) -> str:
         message = str(error["ctx"]["error"])
         return message if message.startswith(("set ", f"{loc}.")) else f"{loc}: {message}" if loc else message
     shown = error.get("input")
+    if kind in WORDS:
+        return f"{loc}: {WORDS[kind]}, got {shown!r}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{loc}: {message}, got {shown!r}"
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rwkv_accel.config.base import NonNegative, Positive, Strict
+from rwkv_accel.config.base import NonNegative, PathText, Positive, Strict
 
 
 class InitConfig(Strict):
@@ -36,7 +36,7 @@ class InitConfig(Strict):
 class ModelConfig(Strict):
     """Which weights to start from, and how the model computes."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Base checkpoint, .pth or .safetensors in the official parameter names. All sizes are read from its shapes."""
     init: InitConfig | None = None
     """Start from random weights of this shape instead of a checkpoint."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rwkv_accel.config.base import NonNegative, Positive, Strict
+from rwkv_accel.config.base import NonNegative, PathText, Positive, Strict
 
 Parts = Literal["emb", "head", "ln", "vectors", "lowrank"]
 ADAPTER_METHODS = ("lora", "dora", "pissa", "miss")
@@ -60,7 +60,7 @@ class PeftConfig(Strict):
     2305.14314), or int8 with one scale per row. PiSSA quantises its residual."""
     double_quant: bool = False
     """nf4: store the block maxima in 8 bits too (4.13 bits per weight in place of 4.5)."""
-    load_path: str | None = None
+    load_path: PathText | None = None
     """Adapter to continue from: a saved folder (its method, rank and targets must equal this section's), an HF PEFT
     folder, or a flat .pth of RWKV-PEFT (alpha as it was trained with)."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from rwkv_accel.config.base import NonNegative, Positive, Strict
+from rwkv_accel.config.base import NonNegative, PathText, Positive, Strict
 from rwkv_accel.config.checkpoint import CheckpointConfig
 from rwkv_accel.config.data import DataConfig
 from rwkv_accel.config.evaluation import EvalConfig
@@ -46,7 +46,7 @@ __all__ = [
 class RunConfig(Strict):
     """One complete run."""
 
-    out_dir: str
+    out_dir: PathText
     """Folder of the run: logs, adapters, checkpoints."""
     model: ModelConfig
     peft: PeftConfig = PeftConfig()

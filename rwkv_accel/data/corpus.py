@@ -86,7 +86,7 @@ def _binidx_documents(source: Source) -> Iterator[Document]:
 def _open_group(
     group: list[Source], data: DataConfig, tokenizer: Tokenizer, budget: int | None, run_first: RunFirst
 ) -> Corpus:
-    root = Path(data.cache_dir).expanduser() if data.cache_dir else None
+    root = Path(data.cache_dir) if data.cache_dir else None
     name = ", ".join(source.path for source in group)
     if group[0].is_binidx:
         binidx = open_binidx(group[0].path)

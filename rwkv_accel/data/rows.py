@@ -140,7 +140,7 @@ def plan_corpus(corpus: Corpus, data: DataConfig, run_first: RunFirst, subset: S
 
     if corpus.identity is None or data.cache_dir is None or corpus.store.num_documents < CACHE_MIN_DOCUMENTS:
         return PlannedRows(corpus.store, plan_rows(corpus.store, **settings))  # type: ignore[arg-type]
-    root = Path(data.cache_dir).expanduser() / "rows"
+    root = Path(data.cache_dir) / "rows"
     name = fingerprint({"corpus": corpus.identity, **settings, "subset": None if subset is None else asdict(subset)})
     run_first(lambda: make_once(root, name, build))
     return PlannedRows(corpus.store, open_plan(make_once(root, name, build)))

@@ -1,5 +1,6 @@
 """Recipe loading: precedence, every problem at once, names of other trainers, round trip."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,61 @@ def test_missing_recipe_names_the_nearest(tmp_path):
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", ""])
 def test_broken_recipe_is_one_line(tmp_path, text):
     assert all("\n" not in line for line in problems(recipe(tmp_path, text)))
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (MINIMAL + "trainer: {max_steps: 1}\noptim:\ntrainer:\n  seed: 3\n", "trainer stands there twice.*line 6"),
+        (MINIMAL + "optim:\n  lr_init: 1\n  eps: 1\n  lr_init: 2\n", "lr_init stands there twice.*line 7"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, place):
+    (line,) = problems(recipe(tmp_path, text))
+    assert re.search(place, line)
+
+
+def test_a_section_without_keys_has_its_defaults(tmp_path):
+    config = load_config(recipe(tmp_path, MINIMAL + "trainer:\noptim:\n  lr_scale:\n"))
+    assert config == load_config(recipe(tmp_path))
+    assert problems(recipe(tmp_path, "out_dir: o\nmodel: {path: a}\ndata:\n")) == [
+        "missing key data.path: add it to the recipe or give data.path=..."
+    ]
+
+
+def test_paths_know_home_and_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/fast")
+    given = ["out_dir=~/out", "model.path=$SCRATCH/b.pth", 'data.path=["${SCRATCH}/a.jsonl", b.jsonl]', "eval.path=~/v"]
+    config = load_config(recipe(tmp_path), given)
+    assert (config.out_dir, config.model.path) == ("/home/me/out", "/fast/b.pth")
+    assert (config.data.path, config.eval.path) == (("/fast/a.jsonl", "b.jsonl"), "/home/me/v")
+    assert problems(recipe(tmp_path), "data.path=$NO_SUCH_NAME/a.jsonl", "out_dir=''") == [
+        "out_dir: the path is empty; write one, . for the current folder",
+        "data.path: the environment has no variable NO_SUCH_NAME; set it, or write the path out",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "want"),
+    [
+        ("peft.targets=att.key", "peft.targets: write a list, such as [a, b], got 'att.key'"),
+        ("trainer=3", "trainer: write the keys of this section below it, got 3"),
+        ("data.path=[3]", "data.path.0: input should be a valid string, got 3"),
+        ("data.path=[a", "override 'data.path=[a' is not valid YAML (expected ',' or ']', but got '<stream end>'); "
+         "quote what is a text"),
+    ],
+)  # fmt: skip
+def test_wrong_types_are_told_in_the_words_of_yaml(tmp_path, override, want):
+    assert want in problems(recipe(tmp_path), override)
+
+
+def test_what_is_no_recipe_is_told_apart(tmp_path):
+    assert problems(tmp_path) == [f"recipe {tmp_path} is a folder; give the YAML file in it"]
+    assert "is empty" in problems(recipe(tmp_path, "# nothing\n"))[0]
+    assert problems(tmp_path / "optim.lr_init=1") == [
+        f"recipe {tmp_path / 'optim.lr_init=1'} does not exist; the recipe comes first, then key.sub=value"
+    ]
 
 
 def test_micro_batches(tmp_path):

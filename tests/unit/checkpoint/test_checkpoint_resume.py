@@ -142,6 +142,7 @@ def test_all_contradictions_are_listed_at_once():
         {"out_dir": "elsewhere"},
         {"model": {"path": "/moved/base.pth"}},
         {"model": {"wkv_backend": "reference"}},
+        {"data": {"cache_dir": "/elsewhere"}},
         {"trainer": {"micro_batch_size": 4}},
         {"trainer": {"gradient_checkpointing": "block"}},
         {"trainer": {"log_every_n_steps": 5}},

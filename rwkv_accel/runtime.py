@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -178,6 +179,12 @@ def set_environment_defaults() -> None:
 def cache_folder() -> Path:
     """The user's folder for what can be made again."""
     return Path(os.path.expanduser("~")) / ".cache" / "rwkv_accel"
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler of this machine: $CXX, or the first that is found; None without one."""
+    asked = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [asked] if asked else ["g++", "clang++", "c++"])), None)
 
 
 def set_seed(seed: int) -> None:

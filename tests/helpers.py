@@ -9,10 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
+from rwkv_accel.runtime import cpp_compiler
+
 ROOT = Path(__file__).parents[1]
+needs_compiler = pytest.mark.skipif(cpp_compiler() is None, reason="there is no C++ compiler")
 WORDS = [
     "the",
     "river",

@@ -22,7 +22,7 @@ from rwkv_accel.bench.harness import (
     peak_tensor_mib,
 )
 from rwkv_accel.bench.wkv7_gpu import log_decay_ready
-from rwkv_accel.ops.wkv7 import available_backends, wkv7
+from rwkv_accel.ops.wkv7 import available_backends, select_backend, wkv7
 
 SHAPES = ((2, 512, 12, 64), (1, 4096, 12, 64))
 DOCUMENTS = (700, 40, 1500, 300, 96, 1000, 460)
@@ -55,8 +55,9 @@ def measure(options: Options) -> list[Row]:
     rows = []
     for shape in SHAPES:
         found = _compare(inputs(shape, options.device), None, "B={} T={} H={} N={}".format(*shape), options)
-        chunked = next(row.value for row in found if row.name.startswith("chunked, "))
-        rows += [*found, _against_fla(shape, chunked)]
+        fastest, _ = select_backend("auto", options.device, shape[-1])
+        ours = next(row.value for row in found if row.name.startswith(f"{fastest}, "))
+        rows += [*found, _against_fla(shape, fastest, ours)]
     borders = torch.tensor([0, *DOCUMENTS]).cumsum(0)
     packed = inputs((1, sum(DOCUMENTS), *SHAPES[1][2:]), options.device)
     return rows + _compare(packed, borders, f"{len(DOCUMENTS)} packed documents, T={sum(DOCUMENTS)}", options)
@@ -74,9 +75,9 @@ def fla_naive(tensors: list[Tensor]) -> list[Tensor]:
     return [out.detach(), state.detach(), *grads]
 
 
-def _against_fla(shape: tuple[int, ...], ours: float) -> Row:
-    """Run once: it takes minutes for long rows. `ours`: milliseconds of the chunked op."""
-    label = "chunked, B={} T={} H={} N={}".format(*shape)
+def _against_fla(shape: tuple[int, ...], backend: str, ours: float) -> Row:
+    """Run once: it takes minutes for long rows. `ours`: milliseconds of our backend."""
+    label = "{}, B={} T={} H={} N={}".format(backend, *shape)
     if find_spec("fla") is None:
         return Row(label, ours, "ms", note="baseline not measured: pip install flash-linear-attention")
     fla_naive(inputs((1, 2, 1, shape[-1]), "cpu"))  # its import is not part of the time
@@ -84,7 +85,7 @@ def _against_fla(shape: tuple[int, ...], ours: float) -> Row:
     start = time.perf_counter()
     found = fla_naive(tensors)
     seconds = time.perf_counter() - start
-    check_parity(f"FLA's naive recurrence, {label}", found, run(tensors, "chunked"), TOLERANCE)
+    check_parity(f"FLA's naive recurrence, {label}", found, run(tensors, backend), TOLERANCE)
     return Row(label, ours, "ms", "FLA's naive recurrence, once", 1e3 * seconds / ours)
 
 
@@ -95,8 +96,12 @@ def _compare(tensors: list[Tensor], cu_seqlens: Tensor | None, label: str, optio
         check_parity(f"{name}, {label}", candidate(), truth, TOLERANCE)
     seconds = interleaved(candidates, options.repeats, device_wait(options.device))
     peaks = {name: peak_tensor_mib(candidate, options.device) for name, candidate in candidates.items()}
+    rows = [_row(f"{name}, {label}", name, 1e3, seconds, "ms") for name in candidates]
+    if "native" in candidates:
+        ratio = seconds["chunked"] / seconds["native"]
+        rows.append(Row(f"native, {label}", 1e3 * seconds["native"], "ms", "chunked", ratio))
     return [
-        *(_row(f"{name}, {label}", name, 1e3, seconds, "ms") for name in candidates),
+        *rows,
         *(_row(f"{name} peak memory, {label}", name, 1.0, peaks, "MiB") for name in candidates),
     ]
 

@@ -40,7 +40,7 @@ class ModelConfig(Strict):
     """Base checkpoint, .pth or .safetensors in the official parameter names. All sizes are read from its shapes."""
     init: InitConfig | None = None
     """Start from random weights of this shape instead of a checkpoint."""
-    wkv_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
+    wkv_backend: Literal["auto", "reference", "chunked", "native", "triton"] = "auto"
     """Implementation of the WKV-7 recurrence. `auto` takes the fastest that runs on the device."""
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ from rwkv_accel.model.offload import MOVERS
 from rwkv_accel.model.precision import Precision
 from rwkv_accel.model.rwkv7 import RWKV7
 from rwkv_accel.ops.elementwise.backend import STANDS_FOR
-from rwkv_accel.ops.wkv7 import BACKENDS, layout
+from rwkv_accel.ops.wkv7 import BACKENDS, layout, select_backend
 from rwkv_accel.ops.wkv7.pieces import build_pieces
 from rwkv_accel.ops.wkv7.triton_config import obstacle
 from rwkv_accel.peft.apply import count_parameters
@@ -226,7 +226,10 @@ def _drop_grad(param: Tensor) -> None:
 
 
 def wkv_backend_of(config: RWKV7Config, precision: Precision, device_type: str) -> str:
-    """Backend of the recurrence whose memory is counted: what "auto" takes on a GPU of compute capability 9."""
+    """Backend of the recurrence whose memory is counted: what "auto" takes on a CPU, or on a GPU of compute
+    capability 9."""
+    if device_type == "cpu":
+        return select_backend("auto", device_type, config.head_size, precision.compute)[0]
     if device_type != "cuda" or find_spec("triton") is None:
         return "chunked"
     return "chunked" if obstacle("sm_90", precision.compute, config.head_size) else COUNTED

@@ -10,7 +10,7 @@ from rwkv_accel.model import head, recompute
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.init import generate_init_weight
 from rwkv_accel.ops import wkv7 as ops
-from tests.helpers import ragged_jsonl
+from tests.helpers import needs_compiler, ragged_jsonl
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_the_base_is_that_of_the_recipe(train, work):
     assert column(ours, "loss") != column(other, "loss")
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", pytest.param("native", marks=needs_compiler)])
 def test_wkv_backend_is_the_one_that_runs(train, monkeypatch, backend):
     seen = []
     for name, function in list(ops.BACKENDS.items()):

@@ -22,8 +22,10 @@ from torch import Tensor
 from rwkv_accel.ops.wkv7.checks import check_inputs, data_dtype
 from rwkv_accel.ops.wkv7.chunked import wkv7_chunked
 from rwkv_accel.ops.wkv7.decay import reading_w_log
+from rwkv_accel.ops.wkv7.native import obstacle as native_obstacle
+from rwkv_accel.ops.wkv7.native import wkv7_native
 from rwkv_accel.ops.wkv7.reference import wkv7_reference
-from rwkv_accel.ops.wkv7.triton_config import obstacle
+from rwkv_accel.ops.wkv7.triton_config import obstacle as triton_obstacle
 
 __all__ = ["BACKENDS", "available_backends", "select_backend", "wkv7"]
 
@@ -43,6 +45,7 @@ def _wkv7_triton(*arguments: Any) -> tuple[Tensor, Tensor]:
 BACKENDS: dict[str, Backend] = {
     "reference": reading_w_log(wkv7_reference),
     "chunked": reading_w_log(wkv7_chunked),
+    "native": wkv7_native,
     "triton": _wkv7_triton,
 }
 
@@ -54,30 +57,39 @@ def select_backend(
     """(name, reason) of the backend that `wkv7` runs for a request on a device type ("cpu", "cuda", ...).
 
     "auto" takes the fastest that runs there; a backend asked for by name is taken or refused, never replaced.
-    `dtype` is that of the data (fp64 if any input is). Raises ValueError for a name that does not exist and for Triton
-    where it cannot run. Each choice is logged once.
+    `dtype` is that of the data (fp64 if any input is). Raises ValueError for a name that does not exist, and for a
+    backend that cannot run there. Each choice is logged once; on a CPU the first may compile (native_build.py).
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     name, reason = backend, "asked for by name"
-    if backend == "triton":
-        problem = _triton_obstacle(device_type, head_size, dtype)
+    if backend == "auto":
+        fastest = "native" if device_type == "cpu" else "triton"
+        problem = _OBSTACLES[fastest](device_type, head_size, dtype)
+        name = "chunked" if problem else fastest
+        reason = f"auto: not {fastest}, {problem}" if problem else f"auto: the fastest backend on {device_type}"
+    elif backend in _OBSTACLES:
+        problem = _OBSTACLES[backend](device_type, head_size, dtype)
         if problem is not None:
-            raise ValueError(f"backend triton cannot run: {problem}; take auto or chunked")
-    elif backend == "auto" and device_type == "cpu":
-        name, reason = "chunked", "auto: the fastest backend on cpu"
-    elif backend == "auto":
-        problem = _triton_obstacle(device_type, head_size, dtype)
-        name = "triton" if problem is None else "chunked"
-        reason = f"auto: the fastest backend on {device_type}" if problem is None else f"auto: not triton, {problem}"
+            raise ValueError(f"backend {backend} cannot run: {problem}; take auto or chunked")
     logger.info("wkv7 backend on %s: %s (%s)", device_type, name, reason)
     return name, reason
 
 
 def available_backends(device_type: str, head_size: int = 64, dtype: torch.dtype = torch.float32) -> list[str]:
     """Backends that run such inputs on a device type."""
-    problem = _triton_obstacle(device_type, head_size, dtype)
-    return [name for name in BACKENDS if name != "triton" or problem is None]
+    problems = {name: find(device_type, head_size, dtype) for name, find in _OBSTACLES.items()}
+    return [name for name in BACKENDS if problems.get(name) is None]
+
+
+def _native_obstacle(device_type: str, head_size: int, dtype: torch.dtype) -> str | None:
+    """Why the compiled functions cannot run there, or None."""
+    # The meta device stands for a CPU where memory is counted.
+    return (
+        native_obstacle(head_size, dtype)
+        if device_type in ("cpu", "meta")
+        else f"it runs on a CPU, not on {device_type}"
+    )
 
 
 def _triton_obstacle(device_type: str, head_size: int, dtype: torch.dtype) -> str | None:
@@ -94,7 +106,13 @@ def _triton_obstacle(device_type: str, head_size: int, dtype: torch.dtype) -> st
     elif torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "NVIDIA GPUs before compute capability 8.0 do not multiply bf16"
     family = "hip" if torch.version.hip else "cuda"
-    return obstacle(family, dtype, head_size)
+    return triton_obstacle(family, dtype, head_size)
+
+
+_OBSTACLES: dict[str, Callable[[str, int, torch.dtype], str | None]] = {
+    "native": _native_obstacle,
+    "triton": _triton_obstacle,
+}
 
 
 def wkv7(
@@ -121,7 +139,7 @@ def wkv7(
         cu_seqlens: int [S+1], borders of S documents packed into a batch of one row, rising strictly from 0
             to T; the state restarts at every border, `state` and the final state are [S,H,N,N]. Best kept on
             the host: its values lay out the work, so a tensor on an accelerator costs a wait for the device.
-        backend: "auto", "reference", "chunked" or "triton".
+        backend: "auto", "reference", "chunked", "native" or "triton".
 
     Raises ValueError, before any work, for inputs that do not fit together.
     """

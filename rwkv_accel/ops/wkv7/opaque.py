@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_accel.ops.wkv7 import chunked, select_backend
+from rwkv_accel.ops.wkv7 import chunked, native, select_backend
 from rwkv_accel.ops.wkv7.checks import check_inputs, common_dtype, data_dtype, wide_dtype
 from rwkv_accel.ops.wkv7.decay import log_decay, logit_grad
 from rwkv_accel.ops.wkv7.layout import Layout, build_layout
@@ -41,7 +41,12 @@ def _forward(
     r, w_low, k, v, a, b, w0 = inputs
     borders = check_inputs(r, w_low, k, v, a, b, w0, state, cu_seqlens)
     out_dtype = v.dtype
-    if _backend_of(inputs, backend) == "triton":
+    name = _backend_of(inputs, backend)
+    if name == "native":
+        layout = native.make_layout(v.shape, borders)
+        out, final, states = native.run_forward(inputs, state, layout, kept)
+        extra = [] if states is None else [states]
+    elif name == "triton":
         from rwkv_accel.ops.wkv7 import triton_op
 
         inputs, state = triton_op.uniform(inputs, state)
@@ -50,9 +55,9 @@ def _forward(
             out, final, (inverse, u, states, maps) = triton_op.run_forward(inputs, state, setup, kept)
         extra = [inverse, u, states, _no_maps(final) if maps is None else maps]
     else:
-        layout, wide = _chunked_setup(inputs, borders)
+        chunks, wide = _chunked_setup(inputs, borders)
         inputs = _with_log_decay(inputs, wide)
-        out, final, states = chunked.run_forward(inputs, None if state is None else state.to(wide), layout, wide)
+        out, final, states = chunked.run_forward(inputs, None if state is None else state.to(wide), chunks, wide)
         extra = [states]
     return out.to(out_dtype), final, extra if kept else []
 
@@ -70,7 +75,11 @@ def _backward(
     """Gradients of those of (*inputs, state) that are needed; the state's is wide."""
     borders = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     dtypes = [x.dtype for x in inputs]
-    if _backend_of(inputs, backend) == "triton":
+    name = _backend_of(inputs, backend)
+    if name == "native":
+        layout = native.make_layout(inputs[0].shape, borders)
+        *grads, d_state = native.run_backward(inputs, d_out, d_final, extra[0], layout, needed)
+    elif name == "triton":
         from rwkv_accel.ops.wkv7 import triton_op
 
         inputs, _ = triton_op.uniform(inputs, None)
@@ -82,11 +91,11 @@ def _backward(
             saved = (inverse, u, states, maps if len(maps) else None)
             *grads, d_state = triton_op.run_backward(inputs, d_out, d_final, saved, setup, needed[6])
     else:
-        layout, wide = _chunked_setup(inputs, borders)
+        chunks, wide = _chunked_setup(inputs, borders)
         inputs = _with_log_decay(inputs, wide)
         need_r, need_low, *others, need_w0, need_state = needed
         needed_here = (need_r, need_low or need_w0, *others, need_state)
-        *grads, d_state = chunked.run_backward(inputs, d_out, d_final, extra[0], layout, needed_here)
+        *grads, d_state = chunked.run_backward(inputs, d_out, d_final, extra[0], chunks, needed_here)
         d_logit = None if grads[1] is None else logit_grad(inputs[1], grads[1])
         grads[1] = d_logit
         grads.append(None if d_logit is None else d_logit.sum((0, 1)))
@@ -129,7 +138,7 @@ def _(
         return out, final, []
     # The number of chunks depends on the borders' values.
     num_chunks = torch.library.get_ctx().new_dynamic_size()
-    if _backend_of(inputs, backend) == "chunked":
+    if _backend_of(inputs, backend) in ("chunked", "native"):
         return out, final, [v.new_empty(num_chunks, heads, size, size, dtype=wide)]
     from rwkv_accel.ops.wkv7.triton_op import choose_sizes
 

@@ -6,6 +6,7 @@ import torch
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.init import init_state_dict
 from rwkv_accel.model.rwkv7 import RWKV7
+from tests.helpers import needs_compiler
 
 from .conftest import make_loader
 
@@ -27,6 +28,15 @@ def make_model(backend, dtype):
     return model
 
 
+BACKENDS = [
+    ("reference", torch.float64, 1e-9),
+    ("reference", torch.float32, 1e-5),
+    ("chunked", torch.float64, 1e-9),
+    ("chunked", torch.float32, 1e-5),
+    pytest.param("native", torch.float32, 1e-5, marks=needs_compiler),
+]
+
+
 def loss_and_gradients(model, batches):
     model.zero_grad(set_to_none=True)
     total = sum(model(b.ids_BT, b.labels_BT, cu_seqlens=b.cu_seqlens) for b in batches)
@@ -39,8 +49,7 @@ def batches_of(path, **settings):
     return [b for w in loader.windows(0, 0) for b in w.batches]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 def test_loss_and_gradients(write_jsonl, backend, dtype, tolerance):
     path = write_jsonl(RECORDS)
     packed = batches_of(path, trainer={"micro_batch_size": 8})
@@ -56,8 +65,7 @@ def test_loss_and_gradients(write_jsonl, backend, dtype, tolerance):
         assert error < tolerance, name
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 def test_logits(write_jsonl, backend, dtype, tolerance):
     path = write_jsonl(RECORDS)
     (packed,) = batches_of(path, trainer={"micro_batch_size": 8})

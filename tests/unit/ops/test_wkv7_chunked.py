@@ -169,7 +169,7 @@ def test_gradient_of_one_result(used):
 def test_bf16_inputs_are_computed_in_fp32():
     inputs = make_inputs(2, 70, 2, 32, dtype=torch.bfloat16)
     inputs[6] = make_inputs(2, 70, 2, 32, dtype=torch.float32)[6]
-    found = results(wkv7, inputs)
+    found = results(wkv7, inputs, backend="chunked")
     for name, x in found.items():
         assert x.dtype == (torch.float32 if name in ("final", "w0") else torch.bfloat16)
     # Rounding to bf16 is all that separates them from fp64: 2^-9 per value.
@@ -195,7 +195,7 @@ def test_only_inputs_and_chunk_states_are_kept():
     kept = {}
     # The log decay is kept by two, and is one tensor.
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
-        out, _ = wkv7(*inputs[:7], state=inputs[7])
+        out, _ = wkv7(*inputs[:7], state=inputs[7], backend="chunked")
     assert out.requires_grad
     input_bytes, state_bytes = 6 * inputs[0].nbytes, inputs[7].nbytes
     assert sum(kept.values()) == input_bytes + (1 + 128 // 32) * state_bytes

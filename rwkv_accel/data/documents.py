@@ -102,6 +102,9 @@ class DocumentReader:
         for prompt, response in PAIRS:
             if fields.get(prompt) is not None and response in fields:
                 return self._pair(fields, prompt, response)
+        for name in (data.messages_column, CONVERSATIONS, data.text_column, "instruction", *(p for p, _ in PAIRS)):
+            if name in fields and fields[name] is None:
+                raise UserError(f"column {name!r} is null")
         raise WrongColumns(
             f"no column {data.text_column!r} or {data.messages_column!r}, and no known pair; the columns are "
             f"{_names(fields)}: {_which_keys(fields)}"
@@ -163,6 +166,8 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
             return value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"column {name!r} is not UTF-8 (byte {value[error.start]:#04x})") from None
+    if value is None:
+        raise UserError(f"column {name!r} is null")
     if not isinstance(value, str):
         raise UserError(f"column {name!r} must hold text, got {type(value).__name__}")
     return value

@@ -21,7 +21,7 @@ from rwkv_accel.model.precision import Precision
 from rwkv_accel.peft.adapter_file import check_base
 from rwkv_accel.peft.fla import fla_config, fla_state_dict
 from rwkv_accel.peft.foreign import read_any_adapter
-from rwkv_accel.peft.hf_peft import HF_CONFIG_FILE, read_hf_peft, write_hf_peft
+from rwkv_accel.peft.hf_peft import HF_CONFIG_FILE, HF_TENSORS_FILE, read_hf_peft, write_hf_peft
 from rwkv_accel.peft.merge import (
     TOLERANCE,
     Loaded,
@@ -33,6 +33,7 @@ from rwkv_accel.peft.merge import (
     time_state_names,
 )
 
+WEIGHTS_FILE = "model.safetensors"
 DEFAULT_NAME = {
     "pth": "merged.pth",
     "safetensors": "merged.safetensors",
@@ -40,6 +41,8 @@ DEFAULT_NAME = {
     "hf-peft": "hf_peft",
     "state": "state.pth",
 }
+# What an export that is a folder may be written over.
+FOLDER_FILES = {"fla": {"config.json", WEIGHTS_FILE}, "hf-peft": {HF_CONFIG_FILE, HF_TENSORS_FILE}}
 DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -82,6 +85,7 @@ def export(
     """
     target = _target(sources[0], to, out, overwrite)
     base_path, found = _find(sources, base)
+    _check_replaced(target, to, [base_path, *found, *map(Path, sources)])
     checkpoint = read_checkpoint(base_path)
     factors = _factors(weights, len(found))
     adapters = []
@@ -118,6 +122,21 @@ def _target(source: str, to: str, out: str | None, overwrite: bool) -> Path:
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; give --overwrite, or another --out")
     return target
+
+
+def _check_replaced(target: Path, to: str, sources: Sequence[Path]) -> None:
+    """Raises UserError unless what lies at the target is an earlier export, or nothing."""
+    if not target.exists():
+        return
+    if any(path.exists() and target.samefile(path) for path in sources):
+        raise UserError(f"--out {target} is what the export is made from; give another")
+    if target.is_dir():
+        if to not in FOLDER_FILES:
+            raise UserError(f"--out {target} is a folder; name the file in it")
+        if other := sorted({path.name for path in target.iterdir()} - FOLDER_FILES[to]):
+            raise UserError(f"--out {target} holds {other[0]}, which no export wrote; give another folder")
+    elif to in FOLDER_FILES:
+        raise UserError(f"--out {target} is a file; --to {to} writes a folder")
 
 
 def _find(sources: Sequence[str], base: str | None) -> tuple[Path, list[Path]]:
@@ -180,7 +199,7 @@ def write_fla(job: Job) -> str:
     error = _prove(job, merged)
 
     def fill(folder: Path) -> None:
-        save_file(fla_state_dict(merged), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(fla_state_dict(merged), folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config = json.dumps(fla_config(job.base.config, job.stored), indent=2) + "\n"
         (folder / "config.json").write_text(config, encoding="utf-8")
 

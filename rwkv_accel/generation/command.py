@@ -20,6 +20,7 @@ from rwkv_accel.generation.engine import Completion, Memory, Request, TextGenera
 from rwkv_accel.generation.jobs import run_job
 from rwkv_accel.generation.loading import (
     Source,
+    checked_device,
     default_device,
     find_source,
     load_generator_model,
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace, params: SamplingParams) -> int:
     model, tokenizer = load_generator_model(
         source,
         precision=args.precision,
-        device=args.device or default_device(),
+        device=checked_device(args.device) if args.device else default_device(),
         tokenizer=args.tokenizer,
         quant=args.quant,
         time_state=args.time_state,

@@ -169,6 +169,18 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def checked_device(name: str) -> str:
+    """The device of this name. Raises UserError if there is none here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {name} cannot be used here ({reason}); leave it out for {default_device()}"
+        ) from None
+    return name
+
+
 def _of_folder(folder: Path, base: Path | None) -> Source:
     if (folder / META_FILE).is_file():
         return _of_adapter(folder, base)

@@ -113,6 +113,8 @@ def _open_pth(path: Path) -> Checkpoint:
             f"python -c \"import torch; p = '{path}'; "
             "torch.save(torch.load(p, map_location='cpu', weights_only=True), p + '.new.pth')\""
         )
+    if magic and not magic.startswith(b"PK"):
+        raise UserError(f"{path} is no checkpoint (it begins with {magic!r}); give a .pth or .safetensors file")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:

@@ -197,6 +197,11 @@ def test_batch_size_that_does_not_divide_is_refused_before_reading():
             "d.jsonl:1: no column 'text' or 'messages', and no known pair; the columns are 'txt', 'id'",
         ),
         (json.dumps({"text": 5}), "d.jsonl:1: column 'text' must hold text, got int"),
+        (
+            json.dumps({"prompt": None, "completion": "b"}),
+            "d.jsonl:1: column 'prompt' is null; repair it, or set data.on_bad_line=skip",
+        ),
+        (json.dumps({"prompt": "a", "completion": None}), "d.jsonl:1: column 'completion' is null; repair it"),
         (json.dumps({"messages": "hi"}), "d.jsonl:1: messages must be a non-empty list"),
         ('{"text": "\\ud83d"}', "d.jsonl:1: text holds half of a surrogate pair"),
     ],

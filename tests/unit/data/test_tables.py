@@ -121,7 +121,7 @@ def test_bad_urls_and_files(tmp_path):
 
 def test_broken_record_of_a_table_is_named_by_its_row(tmp_path):
     datasets.Dataset.from_list([{"text": "a"}, {"text": None}]).to_parquet(tmp_path / "d.parquet")
-    with pytest.raises(UserError, match=r"d.parquet row 2: no column 'text'"):
+    with pytest.raises(UserError, match=r"d.parquet row 2: column 'text' is null; repair it"):
         load(str(tmp_path / "d.parquet"))
     assert texts(load(str(tmp_path / "d.parquet"), on_bad_line="skip")) == ["a"]
 

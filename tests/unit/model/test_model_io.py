@@ -207,6 +207,9 @@ class TestRefusals:
         page = tmp_path / "page.pth"
         page.write_text("<!DOCTYPE html><html></html>")
         self.refused(page, "is a web page")
+        text = tmp_path / "chats.jsonl"
+        text.write_text('{"text": "no weights"}\n')
+        self.refused(text, "is no checkpoint (it begins with b'{\"te')", "give a .pth or .safetensors file")
         torch.save([1, 2], tmp_path / "list.pth")
         self.refused(tmp_path / "list.pth", "holds a list, not a dict of tensors")
         torch.save({"lr": 3.0}, tmp_path / "number.pth")

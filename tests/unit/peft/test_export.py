@@ -264,3 +264,21 @@ def test_mistakes_on_the_command_line(base, tmp_path, capsys):
     (tmp_path / "a" / "merged.pth").write_text("mine")
     assert "merged.pth exists; give --overwrite" in failing(capsys, tmp_path / "a", "--to", "pth")
     assert (tmp_path / "a" / "merged.pth").read_text() == "mine"
+
+
+def test_overwrite_leaves_alone_what_is_no_export(base, tmp_path, capsys):
+    trained_adapter(base, tmp_path / "run" / "a")
+    source = tmp_path / "run" / "a"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = ("--overwrite", "--out")
+    assert "is what the export is made from" in failing(capsys, source, "--to", "pth", *again, base)
+    for folder in (source, source.parent):
+        for kind in ("fla", "hf-peft"):
+            assert "give another" in failing(capsys, source, "--to", kind, *again, folder)
+    (tmp_path / "folder.pth").mkdir()
+    assert "is a folder; name the file in it" in failing(capsys, source, "--to", "pth", *again, tmp_path / "folder.pth")
+    (tmp_path / "file").write_text("mine")
+    assert "is a file; --to fla writes a folder" in failing(capsys, source, "--to", "fla", *again, tmp_path / "file")
+    assert all(path.read_bytes() == data for path, data in before.items())
+    for _ in range(2):
+        assert main([str(source), "--to", "fla", *again, str(tmp_path / "fla")]) == 0

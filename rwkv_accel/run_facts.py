@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from rwkv_accel import __version__
+from rwkv_accel.errors import UserError
 from rwkv_accel.model.rwkv7 import RWKV7
+from rwkv_accel.ops import elementwise, wkv7
 from rwkv_accel.peft.apply import count_parameters
 from rwkv_accel.runtime import world_size
 
@@ -28,6 +30,19 @@ def model_facts(model: RWKV7) -> dict[str, Any]:
         "parameters": total,
         "trained_parameters": trained,
     }
+
+
+def kernels_of(model: RWKV7, device_type: str) -> str:
+    """Which implementation of its operators a model runs on a device type, and why, in one line.
+
+    Raises UserError if the recipe names one that cannot run there.
+    """
+    try:
+        name, reason = wkv7.select_backend(model.wkv_backend, device_type, model.config.head_size, model.compute_dtype)
+    except ValueError as error:
+        raise UserError(f"model.wkv_backend: {error}") from error
+    other, why = elementwise.select_backend("auto", device_type)
+    return f"kernels on {device_type}: wkv7 {name} ({reason}), elementwise {other} ({why})"
 
 
 def environment() -> dict[str, Any]:

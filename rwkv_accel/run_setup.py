@@ -46,13 +46,14 @@ from rwkv_accel.model.init import generate_init_weight
 from rwkv_accel.model.io import checkpoint_digest, read_checkpoint
 from rwkv_accel.model.offload import offload_remark
 from rwkv_accel.model.precision import Precision
+from rwkv_accel.model.rwkv7 import RWKV7
 from rwkv_accel.optim import build_optimizer
 from rwkv_accel.peft.apply import load_model_and_apply_peft, print_model_param
 from rwkv_accel.peft.plan import make_plan
 from rwkv_accel.profiling import StepProfiler
 from rwkv_accel.progress import set_progress_mode
 from rwkv_accel.run import Run, is_sharded
-from rwkv_accel.run_facts import environment, model_facts
+from rwkv_accel.run_facts import environment, kernels_of, model_facts
 from rwkv_accel.runtime import (
     build_accelerator,
     check_launch,
@@ -117,11 +118,8 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         frozen_tensors=read_extra_tensors(resume_from) if resume_from else None,
         encode=build_tokenizer(config.data.tokenizer).encode,
     )
-    model.gradient_checkpointing = trainer.gradient_checkpointing
-    model.l2wrap, model.loss_chunk_rows = trainer.l2wrap, trainer.loss_chunk_rows
-    compile_blocks(model, trainer.compile)
-    if (remark := offload_remark(trainer.gradient_checkpointing, accelerator.device.type)) is not None:
-        logger.warning(remark)
+    kernels = kernels_of(model, accelerator.device.type)
+    apply_switches(model, trainer, accelerator.device.type)
     optimizer = build_optimizer(model, config.optim)
     if accelerator.is_main_process:
         print_model_param(model)
@@ -144,6 +142,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         facts=facts,
         compute=compute,
     )
+    log.message(kernels)
     log.message(loader.describe())
     run = Run(
         config,
@@ -182,6 +181,15 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     stop.cadence = run.cadence
     stop.defer(accelerator)
     return run, loader, state
+
+
+def apply_switches(model: RWKV7, trainer: TrainerConfig, device_type: str) -> None:
+    """How the model computes a step."""
+    model.gradient_checkpointing = trainer.gradient_checkpointing
+    model.l2wrap, model.loss_chunk_rows = trainer.l2wrap, trainer.loss_chunk_rows
+    compile_blocks(model, trainer.compile)
+    if (remark := offload_remark(trainer.gradient_checkpointing, device_type)) is not None:
+        logger.warning(remark)
 
 
 def open_remote_on_main(accelerator: Accelerator, config: CheckpointConfig) -> Remote | None:

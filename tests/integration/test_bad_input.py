@@ -52,6 +52,10 @@ CASES = {
     "vocabulary too small": (["{r}", "data.tokenizer=world"], ["world", "257"]),
     "target matches nothing": (["{r}", "peft.targets=[att.recptance]"], ["att.recptance", "att.receptance"]),
     "rank above the matrix": (["{r}", "peft.rank=100"], ["100", "64"]),
+    "kernels of another device": (
+        ["{r}", "model.wkv_backend=triton", "trainer.accelerator=cpu"],
+        ["model.wkv_backend", "backend triton cannot run", "take auto or chunked"],
+    ),
     "out_dir is a file": (["{r}", "out_dir={work}/data.jsonl/x"], ["out_dir"]),
     "batch does not divide": (
         ["{r}", "trainer.global_batch_size=7", "trainer.micro_batch_size=2"],

@@ -68,8 +68,11 @@ def test_wkv_backend_is_the_one_that_runs(train, monkeypatch, backend):
     for name, function in list(ops.BACKENDS.items()):
         counted = lambda *args, name=name, function=function: seen.append(name) or function(*args)  # noqa: E731
         monkeypatch.setitem(ops.BACKENDS, name, counted)
-    train("out", f"model.wkv_backend={backend}", ONE)
+    out = train("out", f"model.wkv_backend={backend}", ONE)
     assert set(seen) == {backend}
+    assert (
+        f"kernels on cpu: wkv7 {backend} (asked for by name), elementwise torch" in (out / "train_log.txt").read_text()
+    )
 
 
 def test_dropout_changes_what_the_adapter_adds(train):

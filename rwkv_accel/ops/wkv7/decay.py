@@ -28,7 +28,7 @@ def log_decay(w_low: Tensor, w0: Tensor, wide: torch.dtype) -> Tensor:
 
 def logit_grad(w_log: Tensor, d_log: Tensor) -> Tensor:
     """Gradient of w0 + w_low. sigmoid' = share (1 - share), and share = w_log / DECAY_SCALE."""
-    return torch.div(w_log, -DECAY_SCALE).add_(1).mul_(w_log).mul_(d_log)
+    return torch.addcmul(w_log, w_log, w_log, value=-1 / DECAY_SCALE).mul_(d_log)
 
 
 def reading_w_log(backend: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -185,4 +185,5 @@ def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
 
 def _sizes(layout: Layout, num_tokens: int, heads: int) -> list[ctypes.c_int64 | ctypes.c_int]:
     counts = (layout.num_sequences, num_tokens, heads)
-    return [*map(ctypes.c_int64, counts), ctypes.c_int(torch.get_num_threads())]
+    num_threads = min(torch.get_num_threads(), layout.num_sequences * heads)
+    return [*map(ctypes.c_int64, counts), ctypes.c_int(num_threads)]

@@ -157,6 +157,34 @@ def test_given_state_is_left_alone():
     assert torch.equal(inputs[7], before)
 
 
+@pytest.mark.parametrize("N", [12, 64])
+@pytest.mark.parametrize("borders", [None, [0, 1, 66, 70]], ids=str)
+def test_guard_bands_stay_and_all_within_is_written(N, borders, monkeypatch):
+    wholes = []
+
+    def guarded(fill):
+        def make(like, *shape):
+            shape = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
+            whole = torch.full((shape.numel() + 512,), 7.0)
+            wholes.append(whole)
+            return whole[256:-256].fill_(fill).view(shape)
+
+        return make
+
+    layout = native.make_layout(torch.Size((1 if borders else 2, 70, 2, N)), borders and tuple(borders))
+    inputs = fp32_inputs(1 if borders else 2, 70, 2, N, S=3 if borders else None)
+    d_out = torch.randn_like(inputs[0])
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded(torch.nan))
+    monkeypatch.setattr(torch.Tensor, "new_zeros", guarded(0.0))
+    _, _, states = native.run_forward(inputs[:7], None, layout, True)
+    native.run_backward(inputs[:7], d_out, None, states, layout, (True,) * 8)
+    assert len(wholes) == 3 + 8
+    for whole in wholes:
+        assert (whole[:256] == 7).all()
+        assert (whole[-256:] == 7).all()
+        assert not whole[256:-256].isnan().any()
+
+
 # ---- choice
 
 

@@ -287,9 +287,16 @@ def build_eval_sets(config: RunConfig, accelerator: Accelerator) -> list[tuple[s
     plain: dict[str, Any] = {"shuffle": False, "weights": None, "sampling": "documents", "streaming": False}
     plain["max_documents"] = config.eval.limit_examples
     return [
-        (name, _loader(config, config.data.model_copy(update={**plain, "path": path}), trainer, accelerator))
+        (name, _eval_loader(config, config.data.model_copy(update={**plain, "path": path}), trainer, accelerator))
         for name, path in zip(set_names(paths), paths)
     ]
+
+
+def _eval_loader(config: RunConfig, data: DataConfig, trainer: TrainerConfig, accelerator: Accelerator) -> TrainLoader:
+    try:
+        return _loader(config, data, trainer, accelerator)
+    except UserError as error:
+        raise UserError(f"{error} (read for eval.path)") from None
 
 
 def _loader(

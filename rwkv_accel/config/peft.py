@@ -41,7 +41,7 @@ class PeftConfig(Strict):
     """PiSSA: power iterations of the randomised SVD; None is the exact SVD."""
     train_state: bool = False
     """Train the initial WKV state `time_state` of every block beside the method's adapters."""
-    state_prompt: str | None = None
+    state_prompt: Annotated[str, Field(min_length=1)] | None = None
     """Text whose encoding is the start of the trained state. None starts from the base's state, or zero."""
     train_parts: tuple[Parts, ...] = ()
     """Base parameters trained beside the adapter: emb, head, ln (all norms), vectors (x_*, w0, a0, v0, k_k, k_a,

@@ -255,6 +255,13 @@ def build_train_loader(
             _check(corpus, tokenizer, vocab_size)
         sources = planned = [plan_corpus(corpus, data, first, subset) for corpus in corpora]
         if not all(rows.num_rows for rows in planned):
+            if subset is not None:
+                num_documents = sum(corpus.store.num_documents for corpus in corpora)
+                raise UserError(
+                    f"eval.split_fraction {subset.fraction:g} of the {num_documents} documents of data.path "
+                    f"{data.shown_path} leaves nothing to {'validate' if subset.held_out else 'train'} on; "
+                    "take another share, or give eval.path"
+                )
             raise UserError(
                 f"data.path {data.shown_path}: no document of it has a target within data.ctx_len {data.ctx_len}; "
                 "raise data.ctx_len or set data.overlong=split"

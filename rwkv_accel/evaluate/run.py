@@ -143,5 +143,8 @@ def _check_folder(path: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; choose another file") from None

@@ -16,7 +16,7 @@ from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.errors import UserError
 from rwkv_accel.generation.loading import find_source
 from rwkv_accel.model.checkpoint_file import Checkpoint
-from rwkv_accel.model.io import build_model, checkpoint_digest, read_checkpoint, save_checkpoint
+from rwkv_accel.model.io import build_model, checkpoint_digest, read_checkpoint, save_checkpoint, save_safetensors
 from rwkv_accel.model.precision import Precision
 from rwkv_accel.peft.adapter_file import check_base
 from rwkv_accel.peft.fla import fla_config, fla_state_dict
@@ -100,8 +100,12 @@ def export(
     tokenizer = adapters[0].meta.tokenizer if adapters else ""
     ids = probe_ids(probe, tokenizer, checkpoint.config.vocab_size)
     job = Job(checkpoint, adapters, target, DTYPES[dtype], ids, names)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return WRITERS[to](job)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return WRITERS[to](job)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {target}: {reason}; free space or choose another --out") from None
 
 
 def probe_ids(text: str, tokenizer: str, vocab_size: int) -> list[int]:
@@ -191,15 +195,13 @@ def write_model(job: Job) -> str:
 
 def write_fla(job: Job) -> str:
     """--to fla."""
-    from safetensors.torch import save_file
-
     if time_state_names(job.adapters):
         raise UserError("the fla format has no place for initial states; use --to pth, or --to state beside it")
     merged = dict(merged_tensors(job.base, job.adapters, job.dtype))
     error = _prove(job, merged)
 
     def fill(folder: Path) -> None:
-        save_file(fla_state_dict(merged), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_safetensors(fla_state_dict(merged), folder / WEIGHTS_FILE)
         config = json.dumps(fla_config(job.base.config, job.stored), indent=2) + "\n"
         (folder / "config.json").write_text(config, encoding="utf-8")
 
@@ -285,8 +287,6 @@ def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(scratch, folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; free space or choose another --out") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

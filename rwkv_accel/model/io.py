@@ -6,6 +6,7 @@ The official format is a dict of official parameter names in a zip-format .pth; 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -108,8 +109,8 @@ def build_model(
 def save_checkpoint(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Path:
     """Write tensors under their names, .pth or .safetensors by the file name; atomic, returns the path.
 
-    Raises UserError for another suffix and ValueError for an empty tensor (a sharded parameter that nobody
-    gathered).
+    Raises UserError for another suffix, OSError where the disk refuses the file, and ValueError for an empty tensor
+    (a sharded parameter that nobody gathered).
     """
     path = Path(path)
     if path.suffix not in (".pth", ".safetensors"):
@@ -126,17 +127,39 @@ def save_checkpoint(state_dict: Mapping[str, Tensor], path: str | os.PathLike[st
     temporary = path.with_name(path.name + ".tmp")
     try:
         if path.suffix == ".pth":
-            torch.save(tensors, temporary)
+            _save_pth(tensors, temporary)
         else:
-            from safetensors.torch import save_file
-
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_safetensors(tensors, temporary)
         _fsync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _fsync(path.parent)
     return path
+
+
+def _save_pth(tensors: dict[str, Tensor], path: Path) -> None:
+    # Opened here: given a path, torch hides why the disk refused it.
+    try:
+        with open(path, "wb") as file:
+            torch.save(tensors, file)
+    except RuntimeError as error:
+        # Closing the archive failed as well, and hides the first error behind one about positions.
+        first: BaseException | None = error
+        while first is not None and not isinstance(first, OSError):
+            first = first.__context__
+        raise first or error from None
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a .safetensors file as transformers reads it. Raises OSError where the disk refuses it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from None
 
 
 def checkpoint_digest(path: str | os.PathLike[str]) -> str:

@@ -47,6 +47,8 @@ CASES = {
     "checkpoint lacks a tensor": (["{r}", "model.path={work}/lacking.pth"], ["lacking.pth", "ffn.key.weight"]),
     "data missing": (["{r}", "data.path={work}/no.jsonl"], ["no.jsonl"]),
     "data empty": (["{r}", "data.path={work}/empty.jsonl"], ["empty.jsonl"]),
+    "validation data empty": (["{r}", "eval.path={work}/empty.jsonl"], ["empty.jsonl", "read for eval.path"]),
+    "state prompt empty": (["{r}", "peft.method=state", "peft.state_prompt=''"], ["peft.state_prompt", "1 character"]),
     "broken line": (["{r}", "data.path={work}/broken.jsonl"], ["broken.jsonl", "4"]),
     "missing column": (["{r}", "data.prompt_column=question"], ["question", "q"]),
     "vocabulary too small": (["{r}", "data.tokenizer=world"], ["world", "257"]),

@@ -106,6 +106,15 @@ def test_mistakes_are_one_line_and_exit_code_2(files, capsys, monkeypatch, argv,
     assert captured.err.count("\n") == 1
 
 
+def test_a_result_that_cannot_be_written_is_one_line_and_the_table_is_shown(files, tmp_path, capsys):
+    (tmp_path / "o.json.tmp").mkdir()
+    argv = [files / "base.pth", "--data", files / "text.txt", "--json", tmp_path / "o.json"]
+    assert main([str(a) for a in argv]) == 2
+    captured = capsys.readouterr()
+    assert "perplexity" in captured.out
+    assert captured.err == f"error: {tmp_path / 'o.json'} cannot be written: Is a directory; choose another file\n"
+
+
 def test_whole_command_with_quantised_weights_and_details(files, tmp_path):
     argv = [
         sys.executable, "-m", "rwkv_accel.evaluate", files / "base.pth", "--data", files / "text.txt", "--choices",

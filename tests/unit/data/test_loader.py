@@ -5,6 +5,9 @@ import threading
 
 import pytest
 
+from rwkv_accel.config.schema import DataConfig, TrainerConfig
+from rwkv_accel.data.loader import build_train_loader
+from rwkv_accel.data.packing import Subset
 from rwkv_accel.data.tokenizer import build_tokenizer
 from rwkv_accel.errors import UserError
 
@@ -365,3 +368,12 @@ def test_overfit_batches_repeats_the_first_rows_in_order(texts):
     assert first == second == list(range(8))
     with pytest.raises(UserError, match=r"overfit_batches.*data\.weights"):
         make_loader((texts, texts), weights=(1, 1), trainer={"overfit_batches": 1}, **PAD)
+
+
+def test_a_split_that_leaves_nothing_is_named(write_jsonl):
+    path = write_jsonl([{"text": "one"}, {"text": "two"}])
+    data, trainer = DataConfig(path=path, tokenizer="byte"), TrainerConfig()
+    with pytest.raises(UserError, match=r"eval.split_fraction 0.9 of the 2 documents of .* nothing to train on"):
+        build_train_loader(
+            data, trainer, rank=0, world_size=1, device="cpu", vocab_size=257, subset=Subset(0.9, 0, held_out=False)
+        )

@@ -1,6 +1,7 @@
 """Checkpoint files: round trips, streaming load, refusals, atomic saves, digests."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,20 @@ class TestRefusals:
         self.refused(tmp_path / "model", "does not exist", "did you mean model.pth?")
         self.refused(tmp_path / "other.pth", "does not exist", "check the path")
         self.refused(tmp_path, "is a folder")
+
+    @pytest.mark.parametrize("suffix", SUFFIXES)
+    def test_a_disk_that_takes_no_more_is_an_oserror(self, tmp_path, tensors, suffix):
+        path = save_checkpoint(tensors, tmp_path / f"model{suffix}")
+        before = path.read_bytes()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                save_checkpoint(tensors, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_bytes() == before
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
     @pytest.mark.parametrize("suffix", SUFFIXES)
     @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])

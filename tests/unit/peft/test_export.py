@@ -278,6 +278,9 @@ def test_overwrite_leaves_alone_what_is_no_export(base, tmp_path, capsys):
     (tmp_path / "folder.pth").mkdir()
     assert "is a folder; name the file in it" in failing(capsys, source, "--to", "pth", *again, tmp_path / "folder.pth")
     (tmp_path / "file").write_text("mine")
+    for kind, name in (("pth", "x.pth"), ("safetensors", "x.safetensors"), ("fla", "x"), ("hf-peft", "x")):
+        unwritable = tmp_path / "file" / name
+        assert f"cannot write {unwritable}: " in failing(capsys, source, "--to", kind, "--out", unwritable)
     assert "is a file; --to fla writes a folder" in failing(capsys, source, "--to", "fla", *again, tmp_path / "file")
     assert all(path.read_bytes() == data for path, data in before.items())
     for _ in range(2):

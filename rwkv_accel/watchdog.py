@@ -60,8 +60,8 @@ class Watchdog:
         if self._timeout is not None and not self._end.is_set():
             self._end.set()
             faulthandler.cancel_dump_traceback_later()
-            self._file(self._rank).unlink(missing_ok=True)
-            with suppress(OSError):  # another rank's file is still there
+            with suppress(OSError):  # the folder has become read-only, or another rank's file is still there
+                self._file(self._rank).unlink(missing_ok=True)
                 self._file(self._rank).parent.rmdir()
 
     def _watch(self, timeout: float) -> None:

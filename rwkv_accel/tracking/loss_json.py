@@ -85,7 +85,8 @@ class LossJson:
         for copy in self._copies:
             copy.close()
         for name in [*self._names, self._link]:
-            name.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that has become read-only
+                name.unlink(missing_ok=True)
 
     def _entry(self, line: bytes) -> bytes:
         self.num_records += 1

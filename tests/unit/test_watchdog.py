@@ -61,3 +61,14 @@ def test_nothing_is_reported_twice_while_nothing_changes(watched):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert reports(watched) == 1
+
+
+def test_the_end_in_a_folder_that_has_become_read_only(tmp_path, monkeypatch):
+    dog = Watchdog(tmp_path, rank=0, world_size=1, timeout=60, action="report").start()
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    dog.stop()
+    assert (tmp_path / HEARTBEAT_DIR / "rank-0.json").exists()

@@ -275,3 +275,19 @@ def test_a_reader_never_meets_half_a_record(path):
         writer.wait(timeout=30)
     assert reads > 20
     assert longest > 3
+
+
+def test_closing_in_a_folder_that_has_become_read_only(path, monkeypatch):
+    log = LossJson(path, 0)
+    log.append(record(1))
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("link", "replace", "unlink"):
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(PermissionError):
+        log.append(record(2))
+    log.close()
+    monkeypatch.undo()
+    assert steps(path) == [1]

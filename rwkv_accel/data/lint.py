@@ -27,6 +27,7 @@ KINDS = {
     "no_end": ("documents whose end of text is not a target; the model does not learn to stop there", False),
     "cut_end": ("documents longer than ctx_len that lose their end (data.overlong)", False),
     "too_long": ("documents longer than ctx_len that are split; the later pieces do not see the earlier", False),
+    "empty_reply": ("conversations in which a reply is empty; the model learns to say nothing", False),
     "blank_line": ("conversations with a blank line inside a turn; a reader may take it for the turn's end", False),
     "replacement": ("documents with U+FFFD; text was decoded wrongly before it came here", False),
     "duplicate": ("documents that repeat an earlier one token by token", False),
@@ -97,6 +98,8 @@ def _faults(document: Document, data: DataConfig, vocab_size: int, eot_id: int) 
         yield "unknown_token"
     if len(document.ids) - 1 > data.ctx_len:
         yield "too_long" if data.overlong == "split" else "cut_end"
+    if len(document.spans) > 1 and any(span.is_target and not span.text.strip() for span in document.spans):
+        yield "empty_reply"
     if len(document.spans) > 1 and any(TURN_END in span.text.removesuffix(TURN_END) for span in document.spans):
         yield "blank_line"
     if any("\ufffd" in span.text for span in document.spans):

@@ -92,6 +92,17 @@ def test_lint_finds_everything(capsys, tmp_path):
     assert "documents longer than ctx_len that lose their end" in out
 
 
+def test_lint_finds_empty_replies(capsys, write_jsonl):
+    empty = {"messages": [*CHAT["messages"], {"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]}
+    path = write_jsonl([CHAT, {"prompt": "q", "completion": ""}, empty, {"prompt": "", "completion": "a"}])
+    assert run(capsys, "lint", path, BYTE) == (
+        0,
+        "warning: 2 (50.0%) conversations in which a reply is empty; the model learns to say nothing; "
+        f"first: {path}:2\n",
+        "",
+    )
+
+
 def test_lint_of_clean_data(capsys, write_jsonl):
     assert run(capsys, "lint", write_jsonl([CHAT, {"text": "a"}])) == (0, "2 documents, nothing found\n", "")
 

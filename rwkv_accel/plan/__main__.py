@@ -13,6 +13,7 @@ from rwkv_accel.errors import UserError
 from rwkv_accel.runtime import fail, set_environment_defaults
 
 if TYPE_CHECKING:
+    from rwkv_accel.config.schema import TrainerConfig
     from rwkv_accel.plan.memory import Estimate
     from rwkv_accel.plan.run_plan import RunPlan
 
@@ -63,10 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps(plan.as_dict(), indent=1) + "\n")
     else:
         mode = config.trainer.gradient_checkpointing
-        sys.stdout.write(
-            "\n".join(lines(plan, question.gpu_bytes, plan.best.checkpointing if plan.best else mode)) + "\n"
-        )
+        shown = [*lines(plan, question.gpu_bytes, plan.best.checkpointing if plan.best else mode)]
+        if plan.best is not None and (note := batch_note(config.trainer, plan.best.micro_batch_size, args.gpus)):
+            shown.append(note)
+        sys.stdout.write("\n".join(shown) + "\n")
     return 0
+
+
+def batch_note(trainer: TrainerConfig, micro_batch_size: int, gpus: int) -> str | None:
+    """What another micro-batch does to a recipe that does not set the rows per update."""
+    if trainer.global_batch_size is not None or micro_batch_size == trainer.micro_batch_size:
+        return None
+    rest = gpus * (trainer.accumulate_grad_batches or 1)
+    return (
+        f"note: the recipe has no trainer.global_batch_size, so that micro-batch makes {rest * micro_batch_size:,} rows "
+        f"per update of its {rest * trainer.micro_batch_size:,}, with which the run is counted; "
+        f"trainer.global_batch_size={rest * trainer.micro_batch_size} would keep them"
+    )
 
 
 def lines(plan: RunPlan, gpu_bytes: float, mode: str) -> Iterator[str]:

@@ -145,6 +145,17 @@ def test_command_prints_a_table_and_json(work, capsys):
     assert tree["weights"]["num_trained"] == 3 * (4 * 2 * 128 + 2 * 2 * 320)
 
 
+def test_a_recommendation_that_changes_the_batch_says_so(work, capsys):
+    args = [str(work / "r.yaml"), "trainer.global_batch_size=null", "--gpus", "2", "--gpu-mem", "1", "--micro"]
+    note = (
+        "makes 8 rows per update of its 2, with which the run is counted; trainer.global_batch_size=2 would keep them"
+    )
+    assert main([*args, "4"]) == 0
+    assert note in capsys.readouterr().out
+    assert main([*args, "1"]) == 0
+    assert "note:" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "needle"),
     [

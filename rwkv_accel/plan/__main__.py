@@ -77,8 +77,8 @@ def batch_note(trainer: TrainerConfig, micro_batch_size: int, gpus: int) -> str 
         return None
     rest = gpus * (trainer.accumulate_grad_batches or 1)
     return (
-        f"note: the recipe has no trainer.global_batch_size, so that micro-batch makes {rest * micro_batch_size:,} rows "
-        f"per update of its {rest * trainer.micro_batch_size:,}, with which the run is counted; "
+        f"note: the recipe has no trainer.global_batch_size, so that micro-batch makes {rest * micro_batch_size:,} "
+        f"rows per update of its {rest * trainer.micro_batch_size:,}, with which the run is counted; "
         f"trainer.global_batch_size={rest * trainer.micro_batch_size} would keep them"
     )
 

@@ -40,7 +40,9 @@ def foresee_space(config: RunConfig, model: Any) -> str | None:
     Raises:
         UserError: not even one checkpoint and one save of the weights have room.
     """
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    # With optim.offload a copy in fp32 is written in place of narrow weights.
+    width = 4 if config.optim.offload else 0
+    trained = sum(p.numel() * max(width, p.element_size()) for p in model.parameters() if p.requires_grad)
     one = trained * (1 + MOMENTS[config.optim.optimizer])
     weights = trained
     out_dir = Path(config.out_dir)

@@ -15,6 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from rwkv_accel.config.schema import OptimConfig
 from rwkv_accel.errors import UserError
+from rwkv_accel.host_adamw import HostAdamW
 from rwkv_accel.peft.groups import DECAYED, group_of
 
 
@@ -40,10 +41,22 @@ def param_groups(named: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) 
     ]
 
 
+def check_offload_strategy(optim: OptimConfig, strategy: str) -> None:
+    """Raises UserError where optim.offload cannot do what it says."""
+    if not optim.offload or strategy in ("single", "ddp"):
+        return
+    remedy = "take accelerate_configs/zero2_offload.yaml" if strategy.startswith("zero") else "take ddp"
+    raise UserError(
+        f"optim.offload does not go with {strategy}, which shards what is updated; {remedy}, or set optim.offload=false"
+    )
+
+
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizer:
     """The optimizer over the trainable parameters of the model."""
     groups = param_groups(model.named_parameters(), optim)
     if optim.optimizer == "sgd":
         return SGD(groups)
+    if optim.offload:
+        return HostAdamW(groups, betas=optim.betas, eps=optim.eps)
     # Fused where that saves launches; it can also leave out an update without waiting for the device.
     return AdamW(groups, betas=optim.betas, eps=optim.eps, fused=torch.cuda.is_available() or None)

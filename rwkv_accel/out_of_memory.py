@@ -56,6 +56,9 @@ def remedies(config: RunConfig, strategy: str, world_size: int) -> list[str]:
         found.append("trainer.gradient_checkpointing=block (the same result, slower)")
     elif trainer.gradient_checkpointing == "block" and torch.cuda.is_available():
         found.append("trainer.gradient_checkpointing=offload (the same result, what is kept waits on the host)")
+    on_device = config.optim.optimizer == "adamw" and not config.optim.offload
+    if on_device and strategy in ("single", "ddp") and torch.cuda.is_available():
+        found.append("optim.offload=true (the same result, AdamW's moments wait on the host)")
     if trainer.precision == "32-true":
         found.append("trainer.precision=bf16-mixed")
     if peft.method != "full" and peft.base_quant == "none":

@@ -47,7 +47,7 @@ from rwkv_accel.model.io import checkpoint_digest, read_checkpoint
 from rwkv_accel.model.offload import offload_remark
 from rwkv_accel.model.precision import Precision
 from rwkv_accel.model.rwkv7 import RWKV7
-from rwkv_accel.optim import build_optimizer
+from rwkv_accel.optim import build_optimizer, check_offload_strategy
 from rwkv_accel.peft.apply import load_model_and_apply_peft, print_model_param
 from rwkv_accel.peft.plan import make_plan
 from rwkv_accel.profiling import StepProfiler
@@ -87,6 +87,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     set_progress_mode(config.tracking.progress)
     accelerator = build_accelerator(trainer, trainer.micro_batches(world_size()))
     check_offload(accelerator, config.optim.optimizer)
+    check_offload_strategy(config.optim, strategy_of(accelerator))
     check_compiler(trainer.compile, accelerator.device.type, strategy_of(accelerator))
     lock = lock_run_folder(accelerator, config.out_dir)
     remote = open_remote_on_main(accelerator, config.checkpoint)

@@ -11,6 +11,7 @@ CASES = {
         "rwkv_accel.bench.train",
         "a LoRA training step, time and memory; --device cuda: 0.1B to 2.9B shapes, other op and layers",
     ),
+    "memory": ("rwkv_accel.bench.memory", "what a LoRA step takes above its base on a GPU, by count; needs no GPU"),
     "checkpoint": ("rwkv_accel.bench.checkpoint", "a resume checkpoint: the training held up, bytes, time to go on"),
     "start": ("rwkv_accel.bench.start", "from the command to the first update of the demo"),
     "peft": ("rwkv_accel.bench.peft", "adapter layers against nn.Linear and HF peft"),

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -63,26 +64,43 @@ def _measure(args: argparse.Namespace) -> int:
     failed = False
     for name in args.cases or [name for name in CASES if name != "kernels"]:
         module, _ = CASES[name]
+        rows[name] = []
         try:
-            measured: list[Row] = importlib.import_module(module).measure(options)
+            for row in importlib.import_module(module).measure(options):
+                _show(name, row)
+                rows[name].append(asdict(row))
         except UserError as error:  # a baseline that is not installed
             print(f"| {name} | not measured: {error} | | | |", flush=True)
-            continue
         except ParityError as error:
             failed = True
-            print(f"| {name} | **not reported: the candidates disagree** {error} | | | |")
-            continue
-        for row in measured:
-            ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
-            note = f" ({row.note})" if row.note else ""
-            print(f"| {name} | {row.name}{note} | {row.value:,.4g} {row.unit} | {row.baseline} | {ratio} |", flush=True)
-        rows[name] = [asdict(row) for row in measured]
-    if args.json:
-        document = {"hardware": hardware(options), "rows": rows}
-        draft = args.json.with_name(args.json.name + ".tmp")
-        draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, args.json)
+            print(f"| {name} | **not reported: the candidates disagree** {error} | | | |", flush=True)
+        except Exception as error:  # noqa: BLE001  (what other cases measure must not be lost with it)
+            failed = True
+            traceback.print_exc()
+            print(f"| {name} | **failed** {type(error).__name__}: {_one_line(error)} | | | |", flush=True)
+        _write(
+            args.json, {"hardware": hardware(options), "rows": {case: found for case, found in rows.items() if found}}
+        )
     return 1 if failed else 0
+
+
+def _show(case: str, row: Row) -> None:
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
+    note = f" ({row.note})" if row.note else ""
+    print(f"| {case} | {row.name}{note} | {row.value:,.4g} {row.unit} | {row.baseline} | {ratio} |", flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _write(path: Path | None, document: dict[str, object]) -> None:
+    """After every case: a later one may take the process down."""
+    if path is None:
+        return
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +25,7 @@ SHAPE = (12, 768, 65536, 64)
 CTX_LEN = 512
 
 
-def measure(options: Options) -> list[Row]:
+def measure(options: Options) -> Iterable[Row]:
     if options.device != "cpu":
         from rwkv_accel.bench import train_gpu
 

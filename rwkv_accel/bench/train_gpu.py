@@ -1,7 +1,8 @@
 """Whole LoRA training steps on a GPU: speed against another op and other layers in the same model, and peak memory.
 
 The baseline is this project's model with flash-linear-attention's op in place of ours and HF peft's LoRA layers in
-place of ours; everything else is the same code. Memory is what lies above the bytes of the (quantised) weights.
+place of ours; everything else is the same code. Memory is what lies above the bytes of the (quantised) base, adapters
+included, and is compared with the count of `bench memory`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -19,26 +21,35 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_accel.bench.harness import Options, Row, in_fresh_process
+from rwkv_accel.bench.memory import (
+    BASES,
+    CTX,
+    GIGABYTE,
+    HEAD_SIZE,
+    RANK,
+    SHAPES,
+    SMALL,
+    SMALL_OPTIM,
+    VOCAB,
+    counted,
+    label,
+)
 from rwkv_accel.bench.wkv7_gpu import Op, load_fla, with_log_decay
-from rwkv_accel.config.schema import LINEAR_TARGETS, ModelConfig, PeftConfig
+from rwkv_accel.config.schema import LINEAR_TARGETS, ModelConfig, OptimConfig, PeftConfig, TrainerConfig
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.init import generate_init_weight
 from rwkv_accel.model.io import load_model
 from rwkv_accel.model.precision import Precision
 from rwkv_accel.model.rwkv7 import RWKV7
 from rwkv_accel.ops.wkv7 import BACKENDS, select_backend
+from rwkv_accel.optim import build_optimizer
 from rwkv_accel.peft.apply import load_model_and_apply_peft
 
-SHAPES = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.5B": (24, 2048), "2.9B": (32, 2560)}
-"""Layers and channels of the released models."""
-VOCAB, HEAD_SIZE, RANK = 65536, 64, 64
 SPEED_SHAPE, SPEED_CTX = "1.5B", 4096
-MEMORY_CTX = 1024
 OURS, THEIRS = "ours", "op of flash-linear-attention, layers of HF peft"
 
 
-def measure(options: Options) -> list[Row]:
-    rows = []
+def measure(options: Options) -> Iterator[Row]:
     for shape in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder) / "base.pth"
@@ -46,32 +57,30 @@ def measure(options: Options) -> list[Row]:
             generate_init_weight(config, base, seed=0)
             common = {"base": str(base), "repeats": options.repeats, "device": options.device}
             if shape == SPEED_SHAPE:
-                rows += _speed({**common, "ctx": SPEED_CTX, "quant": "none", "recompute": "none"})
-            for quant in ("none", "nf4"):
-                arguments = {**common, "ctx": MEMORY_CTX, "quant": quant, "recompute": "block", "who": OURS}
-                found = in_fresh_process(__name__, arguments)
-                name = f"{shape}, LoRA r={RANK}, ctx {MEMORY_CTX}, base {'bf16' if quant == 'none' else quant}"
-                above = (found["peak_mib"] - found["weights_mib"]) / 1024
-                rows.append(Row(f"{name}: peak memory above the weights", above, "GiB"))
-    return rows
+                yield from _speed({**common, "ctx": SPEED_CTX, "quant": "none", "small": False})
+            for quant in BASES:
+                found = in_fresh_process(__name__, {**common, "ctx": CTX, "quant": quant, "small": True, "who": OURS})
+                above = (found["peak_mib"] - found["base_mib"]) * 2**20 / GIGABYTE
+                expected, _ = counted(shape, quant, SMALL, SMALL_OPTIM)
+                yield Row(label(shape, quant), above, "GB", "by count", expected / above)
 
 
 def _speed(arguments: dict[str, Any]) -> list[Row]:
-    label = f"{SPEED_SHAPE} shape, LoRA r={RANK}, ctx {arguments['ctx']}"
+    what = f"{SPEED_SHAPE} shape, LoRA r={RANK}, ctx {arguments['ctx']}"
     missing = [name for name in ("fla", "peft") if find_spec(name) is None]
     found = {
         who: in_fresh_process(__name__, {**arguments, "who": who}) for who in (OURS, *([] if missing else [THEIRS]))
     }
     ours = found[OURS]["tokens_per_second"]
     if missing:
-        return [Row(f"{label}, ours", ours, "tokens/s", note=f"baseline not measured: {missing[0]} is not installed")]
+        return [Row(f"{what}, ours", ours, "tokens/s", note=f"baseline not measured: {missing[0]} is not installed")]
     theirs = found[THEIRS]["tokens_per_second"]
     rows = [
-        Row(f"{label}, ours", ours, "tokens/s", THEIRS, ours / theirs),
-        Row(f"{label}, {THEIRS}", theirs, "tokens/s"),
+        Row(f"{what}, ours", ours, "tokens/s", THEIRS, ours / theirs),
+        Row(f"{what}, {THEIRS}", theirs, "tokens/s"),
     ]
     peaks = {who: numbers["peak_mib"] for who, numbers in found.items()}
-    rows.append(Row(f"{label}, ours: peak memory", peaks[OURS], "MiB", THEIRS, peaks[THEIRS] / peaks[OURS]))
+    rows.append(Row(f"{what}, ours: peak memory", peaks[OURS], "MiB", THEIRS, peaks[THEIRS] / peaks[OURS]))
     return rows
 
 
@@ -105,8 +114,9 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids_BT: Te
 
 
 def build(arguments: dict[str, Any], op: Op | None = None) -> nn.Module:
-    """The model of one candidate, on its device."""
-    precision = Precision.from_name("bf16-mixed")
+    """The model of one candidate, on its device. small: with the settings that take least memory."""
+    trainer = SMALL if arguments["small"] else TrainerConfig(precision="bf16-mixed")
+    precision = Precision.from_name(trainer.precision)
     if arguments["who"] == OURS:
         peft = PeftConfig(rank=RANK, base_quant=arguments["quant"])
         model = load_model_and_apply_peft(ModelConfig(path=arguments["base"]), peft, precision=precision)
@@ -115,7 +125,7 @@ def build(arguments: dict[str, Any], op: Op | None = None) -> nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(precision.trainable)
-    model.gradient_checkpointing = arguments["recompute"]
+    model.gradient_checkpointing, model.loss_chunk_rows = trainer.gradient_checkpointing, trainer.loss_chunk_rows
     return model.to(arguments["device"])
 
 
@@ -127,9 +137,10 @@ def _installed_fla() -> Op:
 
 def _run(arguments: dict[str, Any]) -> dict[str, float]:
     model = build(arguments)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    optimizer = build_optimizer(model, SMALL_OPTIM if arguments["small"] else OptimConfig())
+    # What trains is no part of the base, nor what is made of it while it trains.
+    frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
+    base = sum(t.numel() * t.element_size() for t in frozen)
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(1, VOCAB, (1, arguments["ctx"] + 1), generator=generator).to(arguments["device"])
     seconds = []
@@ -142,7 +153,7 @@ def _run(arguments: dict[str, Any]) -> dict[str, float]:
     return {
         "tokens_per_second": arguments["ctx"] / median(seconds),
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20,
-        "weights_mib": weights / 2**20,
+        "base_mib": base / 2**20,
     }
 
 

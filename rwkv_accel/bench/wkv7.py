@@ -7,8 +7,10 @@ quadratic in T and easy to beat.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -47,11 +49,11 @@ def run(tensors: list[Tensor], backend: str, cu_seqlens: Tensor | None = None) -
     return [out.detach(), state.detach(), *grads]
 
 
-def measure(options: Options) -> list[Row]:
+def measure(options: Options) -> Iterable[Row]:
     if options.device == "cuda":
         from rwkv_accel.bench import wkv7_gpu, wkv7_tune
 
-        return (wkv7_tune.tune(options) if options.tune else []) + wkv7_gpu.measure(options)
+        return chain(wkv7_tune.tune(options) if options.tune else (), wkv7_gpu.measure(options))
     rows = []
     for shape in SHAPES:
         found = _compare(inputs(shape, options.device), None, "B={} T={} H={} N={}".format(*shape), options)

@@ -93,16 +93,16 @@ def worst_error(op: Op, dtype: torch.dtype, device: str, *, hard: bool) -> float
     return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, truth))
 
 
-def measure(options: Options) -> list[Row]:
+def measure(options: Options) -> Iterator[Row]:
     name, fla = load_fla()
-    rows = list(_accuracy(name, fla, options))
+    yield from _accuracy(name, fla, options)
     bandwidth = copy_bandwidth(options)
-    rows.append(Row("device copy, read and written", bandwidth / 1e12, "TB/s"))
+    yield Row("device copy, read and written", bandwidth / 1e12, "TB/s")
     per_token: dict[tuple[int, ...], float] = {}
     for shape in SHAPES:
-        rows += _timed(shape, name, fla, bandwidth, options, per_token)
+        yield from _timed(shape, name, fla, bandwidth, options, per_token)
     batched, long = (per_token[shape] for shape in SHAPES[:2])
-    return [*rows, Row("time per token of one long row", 1e9 * long, "ns", "the batch of eight", batched / long)]
+    yield Row("time per token of one long row", 1e9 * long, "ns", "the batch of eight", batched / long)
 
 
 def _accuracy(name: str, fla: Op | None, options: Options) -> Iterator[Row]:

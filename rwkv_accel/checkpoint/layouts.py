@@ -115,6 +115,25 @@ class Replicated(Layout):
         return param if key is None else self.optimizer.state[param][key]
 
 
+class OnHost(Replicated):
+    """The same with moments, and fp32 copies of narrow parameters, in the host's memory (HostAdamW)."""
+
+    def gather(self, entries: list[Entry]) -> Iterator[Tensor | None]:
+        self.optimizer.settle()
+        return super().gather(entries)
+
+    def reset_moments(self, keys: Mapping[Tensor, list[str]], steps: Mapping[Tensor, int]) -> None:
+        self.optimizer.restart({param: steps.get(param, 0) for param, names in keys.items() if names})
+
+    def write(self, param: Tensor, key: str | None, value: Tensor) -> None:
+        super().write(param, key, value)
+        if key is None:
+            param.detach().copy_(value)
+
+    def _value(self, param: Tensor, key: str | None) -> Tensor:
+        return self.optimizer.masters.get(param, param) if key is None else super()._value(param, key)
+
+
 class FullySharded(Replicated):
     """FSDP2: parameters and moments are DTensors."""
 

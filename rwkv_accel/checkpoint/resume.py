@@ -53,6 +53,7 @@ FREE_KEYS = frozenset(
         "model.wkv_backend",  # the same maths on another device
         "data.on_bad_line",
         "data.cache_dir",
+        "optim.offload",  # where the moments lie
     }
 )
 LENGTH_KEYS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_tokens")

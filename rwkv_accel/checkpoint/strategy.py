@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rwkv_accel.checkpoint.format import TensorFile
-from rwkv_accel.checkpoint.layouts import Entry, FullySharded, Layout, Replicated
+from rwkv_accel.checkpoint.layouts import Entry, FullySharded, Layout, OnHost, Replicated
 from rwkv_accel.errors import UserError
+from rwkv_accel.host_adamw import HostAdamW
 from rwkv_accel.runtime import unwrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # Other implementations of the same update, with the same moments.
-SAME_OPTIMIZER = {"DeepSpeedCPUAdam": "AdamW", "FusedAdam": "AdamW"}
+SAME_OPTIMIZER = {"DeepSpeedCPUAdam": "AdamW", "FusedAdam": "AdamW", "HostAdamW": "AdamW"}
 MAX_NAMES_SHOWN = 4
 
 
@@ -130,7 +131,7 @@ def layout_of(accelerator: Accelerator, model: Any, optimizer: Any) -> Layout:
         if accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise UserError("checkpoints cover FSDP2 only; set fsdp_version: 2 in the Accelerate config")
         return FullySharded(accelerator, wrapped)
-    return Replicated(accelerator, wrapped)
+    return (OnHost if isinstance(wrapped, HostAdamW) else Replicated)(accelerator, wrapped)
 
 
 def _kind(layout: Layout) -> str:

@@ -9,6 +9,8 @@ the sizes that its library takes by default. Terms, in bytes of one process:
     zero3   everything split; at most MAX_LIVE_PARAMETERS gathered at a time, and one bucket
     fsdp2   everything split; two blocks and what lies outside the blocks gathered
     offload moments, master copy and gradients lie in the host's memory
+
+With optim.offload moments and master copy lie there too, on one process and under ddp.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rwkv_accel.host_adamw import device_bytes
 from rwkv_accel.plan.communication import Cluster, Strategy, Training, compute_seconds, update_of
 from rwkv_accel.plan.trace import Activations, Weights
 from rwkv_accel.runtime import DEEPSPEED_BUCKET_VALUES
@@ -38,6 +41,8 @@ class Job:
     """Micro-batches per process and update."""
     fused: bool = True
     """The optimizer needs no memory of its own in a step, as on GPUs."""
+    host_moments: bool = False
+    """optim.offload"""
     cluster: Cluster = field(default_factory=Cluster)
 
 
@@ -97,9 +102,11 @@ def estimate(
         plain, quantised = math.ceil(plain / split), math.ceil(quantised / split)
     moments = _moments(weights, job.optimizer, master=deepspeed) // split
     gradients = weights.trained if zero in ("single", "ddp", "zero1") else math.ceil(weights.trained / split)
-    host = 0
+    host, host_moments = 0, _on_host(weights) if job.host_moments else 0
     if offload:
         host, moments = moments + gradients, 0
+    elif job.host_moments:
+        host, moments = host_moments, 0
     host += activations.on_host
     buffers = _buffers(zero, weights)
 
@@ -112,13 +119,15 @@ def estimate(
         in_pass = max(activations.forward_peak, *growing)
     # What an optimizer that is not fused makes of one tensor at a time.
     working = 0 if job.fused or offload or job.optimizer != "adamw" else math.ceil(weights.largest_trained / split)
+    if job.host_moments:
+        working = device_bytes(weights.num_trained)
     at_step = gradients + working
     peak = plain + quantised + moments + buffers + max(in_pass, at_step)
     training = training_of(weights, job.accumulation)
     shared: Strategy = {"single": "ddp", "fsdp2": "zero3"}.get(zero, zero)  # type: ignore[assignment]
     update, tokens_per_update = update_of(shared, training), micro_batch_size * tokens * job.accumulation
     compute = compute_seconds(training, tokens_per_update, job.cluster, recompute=checkpointing in ("block", "offload"))
-    moving = 2 * job.accumulation * activations.on_host / job.cluster.host_link
+    moving = 2 * (job.accumulation * activations.on_host + host_moments) / job.cluster.host_link
     return Estimate(
         strategy=strategy,
         micro_batch_size=micro_batch_size,
@@ -150,8 +159,10 @@ def training_of(weights: Weights, accumulation: int) -> Training:
     )
 
 
-def checkpoint_bytes(weights: Weights, optimizer: str) -> int:
+def checkpoint_bytes(weights: Weights, optimizer: str, *, host_moments: bool = False) -> int:
     """A resume checkpoint on disk: what trains and its moments."""
+    if host_moments:
+        return 3 * 4 * weights.num_trained
     return weights.trained + _moments(weights, optimizer, master=False)
 
 
@@ -159,6 +170,12 @@ def _moments(weights: Weights, optimizer: str, *, master: bool) -> int:
     # DeepSpeed's partitions, and their moments, are fp32 whatever the weights are.
     per_moment = 4 * weights.num_trained if master else weights.trained
     return (2 * per_moment if optimizer == "adamw" else 0) + (4 * weights.num_trained if master else 0)
+
+
+def _on_host(weights: Weights) -> int:
+    """Both moments in fp32, and a copy of weights that are narrower."""
+    is_narrow = weights.trained < 4 * weights.num_trained
+    return (3 if is_narrow else 2) * 4 * weights.num_trained
 
 
 def _buffers(zero: str, weights: Weights) -> int:

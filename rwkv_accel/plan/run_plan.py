@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rwkv_accel.config.schema import RunConfig
+from rwkv_accel.config.schema import OptimConfig, RunConfig
 from rwkv_accel.errors import UserError
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.io import read_checkpoint
@@ -76,7 +76,8 @@ def make_run_plan(config: RunConfig, question: Question) -> RunPlan:
         UserError: the model's size is not known, or the batch does not divide.
     """
     shape, size_source = shape_of(config, question.size)
-    precision, trainer, data = Precision.from_name(config.trainer.precision), config.trainer, config.data
+    precision = Precision.from_name(config.trainer.precision)
+    trainer, data, optim = config.trainer, config.data, config.optim
     micros = sorted({*question.micro_batches, trainer.micro_batch_size})
     accumulations = {micro: _accumulation(config, micro, question.gpus) for micro in micros}
     if not any(accumulations.values()):
@@ -93,12 +94,16 @@ def make_run_plan(config: RunConfig, question: Question) -> RunPlan:
 
     lines = {mode: line(mode) for mode in MODES}
     cluster = Cluster(gpus_per_node=question.gpus_per_node)
+
+    def job(accumulation: int) -> Job:
+        return Job(question.gpus, optim.optimizer, accumulation, host_moments=optim.offload, cluster=cluster)
+
     estimates = [
         estimate(
             strategy,
             weights,
             _at(lines[mode], micro),
-            Job(question.gpus, config.optim.optimizer, accumulation, cluster=cluster),
+            job(accumulation),
             micro_batch_size=micro,
             tokens=data.ctx_len,
             checkpointing=mode,
@@ -106,7 +111,7 @@ def make_run_plan(config: RunConfig, question: Question) -> RunPlan:
         for micro, accumulation in accumulations.items()
         if accumulation
         for mode in MODES
-        for strategy in _strategies(question.gpus, config.optim.optimizer)
+        for strategy in _strategies(question.gpus, optim)
     ]
     best, reason = recommend(estimates, question.gpu_bytes, trainer.gradient_checkpointing)
     steps, tokens, steps_source = length_of(config, question.gpus)
@@ -128,7 +133,7 @@ def make_run_plan(config: RunConfig, question: Question) -> RunPlan:
         estimates=estimates,
         best=best,
         reason=reason,
-        checkpoint_bytes=checkpoint_bytes(weights, config.optim.optimizer),
+        checkpoint_bytes=checkpoint_bytes(weights, optim.optimizer, host_moments=optim.offload),
         steps=steps,
         tokens=tokens,
         seconds=None if tokens is None or speed is None else tokens / speed,
@@ -244,9 +249,11 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.1f} GiB"
 
 
-def _strategies(gpus: int, optimizer: str) -> list[str]:
+def _strategies(gpus: int, optim: OptimConfig) -> list[str]:
+    if optim.offload:
+        return ["single" if gpus == 1 else "ddp"]
     names = [name for name in STRATEGIES if name != "ddp"] if gpus == 1 else [n for n in STRATEGIES if n != "single"]
-    return [name for name in names if optimizer == "adamw" or not name.endswith("_offload")]
+    return [name for name in names if optim.optimizer == "adamw" or not name.endswith("_offload")]
 
 
 def _rows(config: RunConfig, gpus: int) -> int:

@@ -15,6 +15,7 @@ LAYERS = [
     {
         "schedules",
         "optim",
+        "host_adamw",
         "state",
         "checkpoint",
         "tracking",

@@ -108,6 +108,7 @@ def test_a_gpu_can_give_more_to_the_host(recipe, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
         text = "; ".join(remedies(load_config(recipe, overrides), "single", 1))
         assert ("trainer.gradient_checkpointing=offload" in text) is has_gpu
+        assert ("optim.offload=true" in text) is has_gpu
         assert "gradient_checkpointing=block" not in text
 
 

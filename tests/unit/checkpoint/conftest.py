@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from rwkv_accel.host_adamw import HostAdamW
 from tests.unit.checkpoint.checkpoint_helpers import TinyModel
 
 
@@ -19,6 +20,8 @@ def make_run(accelerator):
         trained = [p for p in model.parameters() if p.requires_grad]
         if optimizer == "adamw":
             built = torch.optim.AdamW([{"params": trained[:1]}, {"params": trained[1:]}], lr=1e-2)
+        elif optimizer == "adamw, offload":
+            built = HostAdamW([{"params": trained[:1]}, {"params": trained[1:]}], betas=(0.9, 0.999), eps=1e-8)
         else:
             built = torch.optim.SGD(trained, lr=1e-2, momentum=0.9 if optimizer == "sgd-momentum" else 0.0)
         return accelerator.prepare(model, built)

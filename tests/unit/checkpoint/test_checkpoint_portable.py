@@ -53,7 +53,7 @@ def assert_equal(left, right):
         assert torch.equal(left[name], right[name]), name
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd", "sgd-momentum"])
+@pytest.mark.parametrize("kind", ["adamw", "adamw, offload", "sgd", "sgd-momentum"])
 @pytest.mark.parametrize("steps_before", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, accelerator, make_run, kind, steps_before, dtype):
@@ -70,6 +70,32 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, accelerato
     assert saved["state"] == {"step": steps_before, "epoch": 1}
     assert train(fresh_model, fresh_optimizer, 4) == losses
     assert_equal(values(fresh_model, fresh_optimizer), expected)
+
+
+def test_moments_may_move_to_the_host_and_back(tmp_path, accelerator, make_run):
+    model, optimizer = make_run("adamw, offload")
+    train(model, optimizer, 3)
+    expected = {key: value for key, value in values(model, optimizer).items() if "step" not in key}
+    path = save(accelerator, model, optimizer, tmp_path)
+    for number, kind in enumerate(("adamw", "adamw, offload")):
+        model, optimizer = make_run(kind)
+        load_checkpoint(accelerator, model, optimizer, path)
+        found = values(model, optimizer)
+        assert {found.pop(key).item() for key in list(found) if "step" in key} == {3}
+        assert_equal(found, expected)
+        path = save(accelerator, model, optimizer, tmp_path, name=f"step-{number + 4}")
+
+
+def test_narrow_weights_are_saved_as_the_fp32_copy(tmp_path, accelerator, make_run):
+    model, optimizer = make_run("adamw, offload", dtype=torch.bfloat16)
+    train(model, optimizer, 3)
+    saved = load_file(save(accelerator, model, optimizer, tmp_path) / TRAINABLE_FILE)
+    for name in ("lora_A", "lora_B"):
+        param = model.get_parameter(name)
+        assert saved[name].dtype == torch.float32
+        assert torch.equal(saved[name], optimizer.optimizer.masters[param])
+        assert torch.equal(saved[name].bfloat16(), param)
+        assert not torch.equal(saved[name], param.float())
 
 
 def test_everything_else_comes_back(tmp_path, accelerator, make_run):

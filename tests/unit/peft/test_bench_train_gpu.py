@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rwkv_accel.bench import train_gpu
+from rwkv_accel.bench.harness import Options
 from rwkv_accel.ops.wkv7 import BACKENDS, select_backend
 from rwkv_accel.ops.wkv7.chunked import wkv7_chunked
 from tests.helpers import tiny_checkpoint
@@ -27,7 +28,7 @@ def test_both_train_the_same_model(base):
     ids_BT = torch.randint(1, 257, (1, 25), generator=torch.Generator().manual_seed(0))
     losses, trained = {}, {}
     for who in (train_gpu.OURS, train_gpu.THEIRS):
-        arguments = {"who": who, "base": base, "quant": "none", "recompute": "none", "device": "cpu"}
+        arguments = {"who": who, "base": base, "quant": "none", "small": False, "device": "cpu"}
         model = train_gpu.build(arguments, op)
         parameters = [p for p in model.parameters() if p.requires_grad]
         trained[who] = sorted(tuple(p.shape) for p in parameters)
@@ -42,8 +43,52 @@ def test_both_train_the_same_model(base):
     assert theirs[-1] < theirs[0] - 0.05
 
 
+def test_a_step_with_the_settings_that_take_least(base, monkeypatch, capsys):
+    """What runs in a process of its own on a GPU, with stand-ins for what only a GPU can tell."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
+    monkeypatch.setattr(train_gpu, "VOCAB", 257)
+    arguments = {"who": train_gpu.OURS, "base": base, "quant": "nf4", "small": True, "device": "cpu"}
+    model = train_gpu.build(arguments)
+    assert (model.gradient_checkpointing, model.loss_chunk_rows) == ("block", 128)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.bfloat16}
+    found = train_gpu._run({**arguments, "ctx": 24, "repeats": 1})
+    assert found["peak_mib"] == 3
+    assert found["tokens_per_second"] > 0
+    everything = sum(p.numel() * p.element_size() for p in model.parameters())
+    adapters = sum(2 * p.numel() for p in trained)
+    assert found["base_mib"] * 2**20 == everything - adapters
+
+
+def test_rows_of_a_gpu(base, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_gpu, "SHAPES", {"0.1B": (1, 64), "1.5B": (2, 64)})
+    monkeypatch.setattr(train_gpu, "find_spec", lambda name: object())
+    monkeypatch.setattr(train_gpu, "generate_init_weight", lambda *_, **__: None)
+    monkeypatch.setattr(train_gpu, "counted", lambda *_: (0.5, "parts"))
+    asked = []
+
+    def elsewhere(module, arguments):
+        asked.append(arguments)
+        speed = 300.0 if arguments["who"] == train_gpu.OURS else 100.0
+        return {"tokens_per_second": speed, "peak_mib": 2000.0, "base_mib": 1000.0}
+
+    monkeypatch.setattr(train_gpu, "in_fresh_process", elsewhere)
+    rows = list(train_gpu.measure(Options(2, 1, "cuda")))
+    assert [(a["small"], a["quant"], a["ctx"]) for a in asked] == [
+        (True, "none", 1024), (True, "nf4", 1024),
+        (False, "none", 4096), (False, "none", 4096), (True, "none", 1024), (True, "nf4", 1024),
+    ]  # fmt: skip
+    faster = next(row for row in rows if row.name.endswith("ours"))
+    assert (faster.value, faster.ratio, faster.baseline) == (300.0, 3.0, train_gpu.THEIRS)
+    small = [row for row in rows if "above the base's weights" in row.name]
+    assert len(small) == 4
+    assert {(row.value, row.unit, row.baseline) for row in small} == {(1000 * 2**20 / 1e9, "GB", "by count")}
+    assert small[0].ratio == pytest.approx(0.5 / 1.048576)
+
+
 def test_the_baseline_refuses_what_it_does_not_compute(base):
-    arguments = {"who": train_gpu.THEIRS, "base": base, "quant": "none", "recompute": "none", "device": "cpu"}
+    arguments = {"who": train_gpu.THEIRS, "base": base, "quant": "none", "small": False, "device": "cpu"}
     model = train_gpu.build(arguments, lambda *tensors: wkv7_chunked(*tensors, None, None))
     with pytest.raises(ValueError, match="plain rows only"):
         model(torch.ones(1, 6, dtype=torch.int64), cu_seqlens=(0, 2, 6))

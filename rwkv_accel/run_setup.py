@@ -159,7 +159,7 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
         total_steps,
         eval_every=validation_cadence(config.eval, loader.windows_per_epoch, total_steps, log),
         profiler=StepProfiler.open(trainer.profiler, config.out_dir, log.message, is_main=accelerator.is_main_process),
-        base_path=str(base.path),
+        base_path=os.path.abspath(str(base.path)),
         base_digest=digest,
         evaluator=evaluator,
         tokenizer=evaluator.tokenizer,

@@ -18,6 +18,7 @@ from rwkv_accel.config.schema import ModelConfig, OptimConfig, PeftConfig
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.model.init import generate_init_weight
 from rwkv_accel.model.precision import Precision
+from rwkv_accel.ops.wkv7 import select_backend
 from rwkv_accel.optim import build_optimizer
 from rwkv_accel.peft.apply import load_model_and_apply_peft
 
@@ -30,7 +31,7 @@ def measure(options: Options) -> Iterable[Row]:
         from rwkv_accel.bench import train_gpu
 
         return train_gpu.measure(options)
-    backends = ("reference", "chunked")
+    backends = ("reference", select_backend("auto", options.device, SHAPE[3])[0])
     found = {
         name: in_fresh_process(
             __name__,

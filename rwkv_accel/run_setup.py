@@ -49,7 +49,6 @@ from rwkv_accel.model.precision import Precision
 from rwkv_accel.model.rwkv7 import RWKV7
 from rwkv_accel.optim import build_optimizer, check_offload_strategy
 from rwkv_accel.peft.apply import load_model_and_apply_peft, print_model_param
-from rwkv_accel.peft.plan import make_plan
 from rwkv_accel.profiling import StepProfiler
 from rwkv_accel.progress import set_progress_mode
 from rwkv_accel.run import Run, is_sharded
@@ -58,7 +57,6 @@ from rwkv_accel.runtime import (
     build_accelerator,
     check_launch,
     check_offload,
-    is_main_process,
     prepare,
     set_engine_switches,
     set_seed,
@@ -268,7 +266,7 @@ def validation_cadence(config: EvalConfig, windows_per_epoch: int, total_steps: 
     return every
 
 
-def build_eval_sets(config: RunConfig, accelerator: Accelerator) -> list[tuple[str, TrainLoader]]:
+def build_eval_sets(config: RunConfig, accelerator: Accelerator | None) -> list[tuple[str, TrainLoader]]:
     """(name, rows) of each validation set, in the order of the recipe."""
     if not config.eval.has_loss:
         return []
@@ -372,21 +370,6 @@ def write_environment(config: RunConfig, facts: dict[str, Any]) -> dict[str, Any
     facts = {**environment(), **facts}
     _write_atomic(Path(config.out_dir) / ENVIRONMENT_FILE, json.dumps(facts, indent=1) + "\n")
     return facts
-
-
-def dry_run(config: RunConfig) -> None:
-    """Check recipe, data, checkpoint header and adapter targets, and print the plan. Trains and writes nothing."""
-    shape = model_shape(config)
-    plan = make_plan(shape, config.peft)
-    loader = build_loader(config, None)
-    read_tasks(config, build_tokenizer(config.data.tokenizer), shape.vocab_size)
-    if is_main_process():
-        trainer = config.trainer
-        steps = loader.total_steps(trainer.max_epochs, trainer.max_steps, trainer.max_tokens)
-        print(f"model: {shape}")  # noqa: T201
-        print(f"trained: {len(plan.adapters)} adapters, {len(plan.trained)} base parameters")  # noqa: T201
-        print(loader.describe())  # noqa: T201
-        print(f"plan: {steps} updates of {loader.global_batch_size} rows")  # noqa: T201
 
 
 def _write_atomic(path: Path, text: str) -> None:

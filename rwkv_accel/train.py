@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         set_environment_defaults()
         if args.dry_run:
-            from rwkv_accel.run_setup import dry_run
+            from rwkv_accel.dry_run import dry_run
 
             dry_run(config)
             return 0

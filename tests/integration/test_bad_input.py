@@ -115,6 +115,36 @@ def test_skipping_broken_lines_is_a_choice_and_is_reported(work):
     assert len(json.loads((out_dir / "loss_data.json").read_text())) == 1
 
 
+# What is told when the model is made, which a dry run leaves out.
+NEEDS_MODEL = {"rank above the matrix", "kernels of another device"}
+
+
+@pytest.mark.parametrize("case", sorted(CASES.keys() - NEEDS_MODEL))
+def test_the_dry_run_says_the_same(work, case, tmp_path, capsys):
+    args, needles = CASES[case]
+    args = [a.format(work=work, r=work / "r.yaml") for a in args]
+    if not any(a.startswith("out_dir") for a in args):
+        args.append(f"out_dir={tmp_path / 'out'}")
+    assert main([*args, "--dry-run"]) == 2
+    assert_one_line(capsys.readouterr().err, needles)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_tells_where_a_start_continues(work, tmp_path, run, capsys):
+    recipe, out_dir = work / "r.yaml", tmp_path / "out"
+    changed = [str(recipe), f"out_dir={out_dir}", "trainer.max_steps=2"]
+    assert main(changed) == 0
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")}
+    assert main([*changed, "--dry-run"]) == 0
+    assert f"resume: from {out_dir}/checkpoints/step-00000002, after step 2" in capsys.readouterr().out
+    assert main([*changed, "--dry-run", "optim.lr_init=1"]) == 2
+    assert "optim.lr_init was 2e-05 and is now 1.0" in capsys.readouterr().err
+    assert main([*changed, "--dry-run", "peft.load_path=nowhere"]) == 2
+    assert "nowhere is no adapter" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")} == before
+
+
 def test_dry_run_trains_and_writes_nothing(work):
     done = train_cli(work / "r.yaml", f"out_dir={work}/dry", "--dry-run")
     assert done.returncode == 0, done.stderr

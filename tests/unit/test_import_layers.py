@@ -34,7 +34,7 @@ LAYERS = [
         "cluster",
         "report",
     },
-    {"run", "records", "saving", "hooks", "run_facts", "run_setup", "loop", "rehearsal", "plan"},
+    {"run", "records", "saving", "hooks", "run_facts", "run_setup", "loop", "rehearsal", "dry_run", "plan"},
     {
         "train",
         "generate",

@@ -1,22 +1,29 @@
-"""WKV-7 on a GPU: accuracy first, then time against flash-linear-attention and against the floor by bytes.
+"""WKV-7 on a GPU: accuracy first, then time against flash-linear-attention, the algorithm of RWKV's own CUDA kernel and
+the floor by bytes.
 
 The gate holds every dtype, near-identical keys included, to the fp64 recurrence; a kernel that fails it is not timed.
-The other op reads the logarithm of the decay: while it is timed it is given that ready made; ours makes it itself.
+The others read the logarithm of the decay or its whole logit: while they are timed they are given that ready made; ours
+makes it itself.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from rwkv_accel.bench import wkv7_cuda
 from rwkv_accel.bench.harness import Options, ParityError, Row, device_wait, interleaved, peak_tensor_mib
 from rwkv_accel.ops.wkv7 import wkv7
+
+logger = logging.getLogger(__name__)
 
 GATE_SHAPE = (2, 300, 2, 64)
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 2.5e-3, torch.float32: 1e-5}
@@ -49,7 +56,10 @@ def load_fla() -> tuple[str, Op | None]:
     """
     if find_spec("fla") is None:
         return "flash-linear-attention is not installed", None
-    from fla.ops.rwkv7 import chunk_rwkv7
+    try:
+        from fla.ops.rwkv7 import chunk_rwkv7
+    except ImportError as error:
+        return f"flash-linear-attention cannot be imported ({error})", None
 
     def op(r: Tensor, w_log: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         options = {"output_final_state": True, "safe_gate": True, "lower_bound": LOWEST_W_LOG, "chunk_size": 64}
@@ -57,6 +67,38 @@ def load_fla() -> tuple[str, Op | None]:
         return out, state.transpose(-1, -2)  # theirs is [key, value]
 
     return f"chunk_rwkv7 of flash-linear-attention {importlib.metadata.version('flash-linear-attention')}", op
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An op of others, and how its inputs are made of those of `wkv7`, which is not timed."""
+
+    name: str
+    op: Op
+    prepare: Callable[[Sequence[Tensor]], list[Tensor]]
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+
+    def on_inputs_of_wkv7(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return self.op(*self.prepare(tensors))
+
+    def error(self, dtype: torch.dtype, device: str, *, hard: bool) -> float | None:
+        """Its worst error; None where it does not run."""
+        try:
+            return worst_error(self.on_inputs_of_wkv7, dtype, device, hard=hard)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            logger.warning("%s in %s: %s", self.name, dtype, error)
+            return None
+
+
+def logit_ready(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """r, w_logit, k, v, a, b from what `wkv7` reads, the logit rounded as a whole."""
+    r, w_low, k, v, a, b, w0 = tensors
+    return [r, (w_low + w0).to(w_low.dtype), k, v, a, b]
+
+
+OFFICIAL = Baseline(wkv7_cuda.NAME, wkv7_cuda.wkv7_cuda, logit_ready, (torch.bfloat16,))
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str, *, hard: bool = False) -> list[Tensor]:
@@ -93,20 +135,36 @@ def worst_error(op: Op, dtype: torch.dtype, device: str, *, hard: bool) -> float
     return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(found, truth))
 
 
-def measure(options: Options) -> Iterator[Row]:
+def baselines() -> Iterator[Baseline]:
+    """Those that can be had here."""
     name, fla = load_fla()
-    yield from _accuracy(name, fla, options)
+    if fla is not None:
+        yield Baseline(name, fla, log_decay_ready)
+    if torch.version.hip is None:
+        yield OFFICIAL
+
+
+def measure(options: Options) -> Iterator[Row]:
+    others = list(baselines())
+    for baseline in list(others):
+        try:
+            worst_error(baseline.on_inputs_of_wkv7, torch.bfloat16, options.device, hard=False)
+        except torch.AcceleratorError:
+            raise  # nothing runs on the device after it
+        except Exception as error:  # noqa: BLE001  (another's failure: ours is measured without it)
+            logger.warning("no baseline %s: %s: %s", baseline.name, type(error).__name__, error)
+            others.remove(baseline)
+    yield from _accuracy(others, options)
     bandwidth = copy_bandwidth(options)
     yield Row("device copy, read and written", bandwidth / 1e12, "TB/s")
     per_token: dict[tuple[int, ...], float] = {}
     for shape in SHAPES:
-        yield from _timed(shape, name, fla, bandwidth, options, per_token)
+        yield from _timed(shape, others, bandwidth, options, per_token)
     batched, long = (per_token[shape] for shape in SHAPES[:2])
     yield Row("time per token of one long row", 1e9 * long, "ns", "the batch of eight", batched / long)
 
 
-def _accuracy(name: str, fla: Op | None, options: Options) -> Iterator[Row]:
-    theirs_alike = None if fla is None else with_log_decay(fla)
+def _accuracy(others: list[Baseline], options: Options) -> Iterator[Row]:
     for dtype, tolerance in TOLERANCES.items():
         for hard in (False, True):
             label = f"worst error, {str(dtype).removeprefix('torch.')}{', near-identical keys' * hard}"
@@ -114,11 +172,17 @@ def _accuracy(name: str, fla: Op | None, options: Options) -> Iterator[Row]:
             # Not `error > tolerance`: a NaN must not pass.
             if not error <= tolerance:
                 raise ParityError(f"{label}: {error:.1e}, allowed {tolerance:.0e}")
-            if theirs_alike is None:
-                yield Row(label, error, "relative", note=f"no baseline: {name}")
-            else:
-                theirs = worst_error(theirs_alike, dtype, options.device, hard=hard)
-                yield Row(label, error, "relative", name, theirs / error)
+            theirs = {b.name: b.error(dtype, options.device, hard=hard) for b in others if dtype in b.dtypes}
+            yield from _against(label, error, "relative", theirs)
+
+
+def _against(label: str, value: float, unit: str, theirs: Mapping[str, float | None], note: str = "") -> Iterator[Row]:
+    """A row for each baseline, or one alone."""
+    known = {name: other for name, other in theirs.items() if other is not None and math.isfinite(other)}
+    for name, other in known.items():
+        yield Row(label, value, unit, name, other / value, note)
+    if not known:
+        yield Row(label, value, unit, note=note or "no baseline")
 
 
 def copy_bandwidth(options: Options) -> float:
@@ -131,18 +195,17 @@ def copy_bandwidth(options: Options) -> float:
 
 def _timed(
     shape: tuple[int, ...],
-    name: str,
-    fla: Op | None,
+    others: list[Baseline],
     bandwidth: float,
     options: Options,
     per_token: dict[tuple[int, ...], float],
 ) -> Iterator[Row]:
     tensors = inputs(shape, torch.bfloat16, options.device)
-    ready = [t.detach().requires_grad_() for t in log_decay_ready(tensors)]
     d_out = torch.randn(shape, device=options.device, dtype=torch.bfloat16)
     ops: dict[str, tuple[Op, list[Tensor]]] = {"triton": (ours, tensors)}
-    if fla is not None:
-        ops[name] = (fla, ready)
+    for baseline in others:
+        ready = [t.detach().requires_grad_() for t in baseline.prepare(tensors)]
+        ops[baseline.name] = (baseline.op, ready)
     read, written = sum(t.nbytes for t in tensors), d_out.nbytes
     cases: dict[str, tuple[dict[str, Callable[[], object]], int]] = {
         "forward": (
@@ -158,11 +221,12 @@ def _timed(
     for what, (candidates, least_bytes) in cases.items():
         seconds = interleaved(candidates, options.repeats, device_wait(options.device))
         floor = least_bytes / bandwidth
-        per_token[shape] = seconds["triton"] / (shape[0] * shape[1])
-        for key, value in seconds.items():
-            note = f"{floor / value:.0%} of the floor by bytes, {1e3 * floor:.2f} ms"
-            compared = key == "triton" and fla is not None
-            ratio = seconds[name] / value if compared else None
-            yield Row(f"{key} {what}, {label}", 1e3 * value, "ms", name if compared else "", ratio, note)
+        our_ms, *their_ms = (1e3 * value for value in seconds.values())
+        per_token[shape] = our_ms / 1e3 / (shape[0] * shape[1])
+        note = f"{1e3 * floor / our_ms:.0%} of the floor by bytes, {1e3 * floor:.2f} ms"
+        theirs = dict(zip(list(seconds)[1:], their_ms, strict=True))
+        yield from _against(f"triton {what}, {label}", our_ms, "ms", theirs, note)
+        for name, value in theirs.items():
+            yield Row(f"{name} {what}, {label}", value, "ms")
     for key, candidate in cases["forward + backward"][0].items():
         yield Row(f"{key} peak memory, {label}", peak_tensor_mib(candidate, options.device), "MiB")

@@ -1,20 +1,23 @@
 """Sizes of the Triton kernels, measured on this GPU and kept in a file that training reads.
 
 One size after the other is changed while the rest stays, and kept if the whole forward and backward pass gets faster:
-the kernels do not influence each other but for the chunk they share. Nothing is ever tuned while training.
+the kernels do not influence each other but for the chunk they share. Nothing is ever tuned while training. Some hundred
+configurations are compiled, which takes a while: what has been found is in the file at any moment.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from rwkv_accel.bench.harness import Options, Row, check_parity, device_wait, interleaved
+from rwkv_accel.bench.harness import Options, ParityError, Row, check_parity, device_wait, interleaved
 from rwkv_accel.bench.wkv7_gpu import inputs
 from rwkv_accel.ops.wkv7 import triton_op
 from rwkv_accel.ops.wkv7.pieces import build_pieces
@@ -22,6 +25,7 @@ from rwkv_accel.ops.wkv7.triton_config import (
     LAUNCHES,
     Config,
     Launch,
+    choose_config,
     config_to_dict,
     default_config,
     entry_name,
@@ -29,6 +33,8 @@ from rwkv_accel.ops.wkv7.triton_config import (
     precision,
     tuned_path,
 )
+
+logger = logging.getLogger(__name__)
 
 SHAPE = (8, 4096, 32, 64)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -48,9 +54,14 @@ def changes(config: Config, head_size: int) -> Iterator[dict[str, Any]]:
                     yield {name: Launch(block, warps, stages)}
 
 
-def search(start: Config, head_size: int, seconds: Callable[[Config, Config], tuple[float, float]]) -> Config:
+def search(
+    start: Config,
+    head_size: int,
+    seconds: Callable[[Config, Config], tuple[float, float]],
+    keep: Callable[[Config], None] = lambda config: None,
+) -> Config:
     """Descend from `start` until no change helps. `seconds(best, other)` times two configurations in turn (infinite
-    where one cannot run)."""
+    where one cannot run); `keep` is given every one that is better than all before."""
     best, before = start, None
     while best != before:
         before = best
@@ -60,6 +71,7 @@ def search(start: Config, head_size: int, seconds: Callable[[Config, Config], tu
                 ours, theirs = seconds(best, other)
                 if ours / theirs > LEAST_GAIN:
                     best = other
+                    keep(best)
     return best
 
 
@@ -80,22 +92,34 @@ def tune(options: Options) -> list[Row]:
         ) -> tuple[float, float]:
             try:
                 check_parity("tuned", run(other, dtype, options.device)(), want, 2e-2)
-            except triton.TritonError:  # registers or shared memory do not suffice
+            except torch.AcceleratorError:
+                raise  # nothing runs on the device after it
+            except (triton.TritonError, RuntimeError, ParityError) as error:
+                # Registers or shared memory do not suffice, or a compiler gives up on it, or gets it wrong.
+                logger.warning("left out: %s: %s", other, " ".join(str(error).split())[:200])
                 return 1.0, float("inf")
             pair = {"best": run(best, dtype, options.device), "other": run(other, dtype, options.device)}
             measured = interleaved(pair, options.repeats, device_wait(options.device))
             return measured["best"], measured["other"]
 
-        best = search(start, size, seconds)
-        found[entry_name(dtype, size)] = config_to_dict(best)
+        def keep(best: Config, entry: str = entry_name(dtype, size)) -> None:
+            found[entry] = config_to_dict(best)
+            _write(tuned_path(name), found)
+
+        best = search(start, size, seconds, keep)
+        keep(best)
         before, after = seconds(start, best)
         rows.append(Row(f"tuned, {entry_name(dtype, size)}", 1e3 * after, "ms", "the table's sizes", before / after))
-    path = tuned_path(name)
+    # What this process has read before is out of date.
+    choose_config.cache_clear()
+    return rows
+
+
+def _write(path: Path, found: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, path)
-    return rows
 
 
 def run(config: Config, dtype: torch.dtype, device: str) -> Callable[[], list[torch.Tensor]]:

@@ -35,6 +35,62 @@ def test_rows_against_a_baseline(options, monkeypatch):
     assert rows["time per token of one long row"].value > 0
 
 
+def test_each_baseline_has_its_rows_and_one_that_fails_has_none(options, monkeypatch):
+    def on_logit(r, w_logit, *others):
+        return wkv7_chunked(r, wkv7_gpu.LOWEST_W_LOG * torch.sigmoid(w_logit.float()), *others, None, None)
+
+    def fails(*tensors):
+        raise RuntimeError("no such kernel")
+
+    others = [
+        wkv7_gpu.Baseline("one", lambda *tensors: wkv7_chunked(*tensors, None, None), wkv7_gpu.log_decay_ready),
+        wkv7_gpu.Baseline("two", on_logit, wkv7_gpu.logit_ready, (torch.bfloat16,)),
+        wkv7_gpu.Baseline("broken", fails, wkv7_gpu.logit_ready),
+    ]
+    monkeypatch.setattr(wkv7_gpu, "baselines", lambda: others)
+    rows = list(wkv7_gpu.measure(options))
+    forward = [row for row in rows if row.name == "triton forward, B=2 T=5 H=1 N=16, bf16"]
+    assert [row.baseline for row in forward] == ["one", "two"]
+    assert all("of the floor by bytes" in row.note for row in forward)
+    theirs = next(row for row in rows if row.name == "two forward, B=2 T=5 H=1 N=16, bf16")
+    assert forward[1].ratio == pytest.approx(theirs.value / forward[1].value)
+    assert [row.baseline for row in rows if row.name == "worst error, bfloat16"] == ["one", "two"]
+    assert [row.baseline for row in rows if row.name == "worst error, float32"] == ["one"]
+    assert not any("broken" in row.name + row.baseline for row in rows)
+
+
+def test_a_configuration_that_fails_is_left_out(options, monkeypatch, tmp_path):
+    monkeypatch.setattr("rwkv_accel.runtime.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(wkv7_tune, "SHAPE", (1, 20, 1, 16))
+    monkeypatch.setattr(wkv7_tune, "DTYPES", (torch.bfloat16,))
+    bad = [Launch(16, warps) for warps in (1, 2, 8)]
+    monkeypatch.setattr(wkv7_tune, "changes", lambda *_: [{"scan": launch} for launch in bad])
+    plain, errors = wkv7_tune.run, iter([RuntimeError("PassManager::run failed"), ParityError("off"), None])
+
+    def run(config, *rest):
+        if config.scan in bad and (error := next(errors)) is not None:
+            raise error
+        return plain(config, *rest)
+
+    monkeypatch.setattr(wkv7_tune, "run", run)
+    monkeypatch.setattr(
+        wkv7_tune,
+        "search",
+        lambda start, size, seconds, keep: (
+            [seconds(start, replace(start, scan=launch)) for launch in bad[:2]] == [(1.0, float("inf"))] * 2 and start
+        ),
+    )
+    rows = wkv7_tune.tune(options)
+    assert [row.name for row in rows] == ["tuned, bfloat16-16"]
+
+
+def test_what_tuning_finds_is_kept_at_once():
+    start, kept = default_config("sm_90", torch.bfloat16, 64), []
+    wkv7_tune.search(start, 64, lambda one, two: (float(one.chunk_size), float(two.chunk_size)), kept.append)
+    assert kept == [replace(start, chunk_size=16)]
+
+
 def test_a_wrong_kernel_is_not_timed(options, monkeypatch):
     def wrong(*tensors):
         out, state = wkv7(*tensors, backend="triton")
@@ -43,7 +99,7 @@ def test_a_wrong_kernel_is_not_timed(options, monkeypatch):
     monkeypatch.setattr(wkv7_gpu, "ours", wrong)
     monkeypatch.setattr(wkv7_gpu, "interleaved", lambda *_: pytest.fail("timed"))
     with pytest.raises(ParityError, match=r"^worst error, bfloat16: "):
-        wkv7_gpu.measure(options)
+        list(wkv7_gpu.measure(options))
 
 
 def test_tuned_sizes_are_kept_and_used(options, device, monkeypatch, tmp_path):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from rwkv_accel.errors import UserError
 from rwkv_accel.generation.flags import add_model_flags, check_paths
 from rwkv_accel.generation.params import SamplingParams, stop_texts
-from rwkv_accel.runtime import fail, set_environment_defaults
+from rwkv_accel.runtime import fail, reader_left, run_program, set_environment_defaults
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -122,9 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args, params)
     except UserError as error:
         return fail(error)
+    except BrokenPipeError:
+        return reader_left()
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

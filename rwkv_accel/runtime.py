@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
@@ -99,6 +100,10 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     interpreter under the threads of gloo aborts now and then ("terminate called without an active exception"), which
     a launcher takes for a failure.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A character that the terminal cannot show must not end a command.
+            stream.reconfigure(errors="backslashreplace")
     try:
         code: Any = main()
     except SystemExit as stop:
@@ -109,6 +114,12 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def reader_left() -> int:
+    """The exit code when who reads stdout (head, less) has seen enough; Python keeps quiet about the rest."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def end_on_signals() -> None:

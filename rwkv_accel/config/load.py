@@ -84,6 +84,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    # JSON escapes what lies beyond 16 bits as two halves, which PyYAML leaves apart.
+    text = str(loader.construct_scalar(node))
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        problem = "half of a surrogate pair stands there alone"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, re.compile(r"(?!.*:)" + rule.pattern, re.X) if tag.endswith((":int", ":float")) else rule)
             for tag, rule in rules]

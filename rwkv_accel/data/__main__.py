@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 from rwkv_accel.config.load import load_config
 from rwkv_accel.config.schema import RunConfig
 from rwkv_accel.errors import UserError
-from rwkv_accel.runtime import fail
+from rwkv_accel.runtime import fail, reader_left, run_program
 
 if TYPE_CHECKING:
     from rwkv_accel.data.documents import Document
@@ -67,9 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return fail(error)
     except BrokenPipeError:
-        # The reader (head, less) has seen enough; Python must not complain about the rest when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return reader_left()
 
 
 def read_config(source: str, overrides: Sequence[str]) -> RunConfig:
@@ -161,4 +158,4 @@ def write_lines(lines: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

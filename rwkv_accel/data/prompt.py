@@ -7,6 +7,7 @@ from collections.abc import Callable
 from rwkv_accel.config.schema import SamplesConfig
 from rwkv_accel.data.jinja_template import JinjaTemplate
 from rwkv_accel.data.template import chat_prompt
+from rwkv_accel.errors import UserError
 
 ROLES = ("User:", "System:")
 
@@ -26,8 +27,12 @@ def prompt_writer(template: str) -> Callable[[str], str]:
 
 
 def sample_prompts(samples: SamplesConfig, template: str) -> list[str]:
-    """The prompts of the samples section as the model reads them. Raises UserError as prompt_writer."""
-    return [*map(prompt_writer("raw" if samples.raw else template), samples.prompts)]
+    """The prompts of the samples section as the model reads them. Raises UserError as prompt_writer, or if one is
+    empty."""
+    prompts = [*map(prompt_writer("raw" if samples.raw else template), samples.prompts)]
+    if not all(prompts):
+        raise UserError("samples.prompts holds an empty text, from which nothing can be continued; leave it out")
+    return prompts
 
 
 def _chat(question: str) -> str:

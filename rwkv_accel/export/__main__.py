@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from rwkv_accel.errors import UserError
 from rwkv_accel.generation.flags import check_paths
-from rwkv_accel.runtime import fail, set_environment_defaults
+from rwkv_accel.runtime import fail, run_program, set_environment_defaults
 
 KINDS = {
     "pth": "merged model in the official names, .pth",
@@ -84,4 +83,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
 from rwkv_accel.errors import UserError
 from rwkv_accel.generation.flags import check_paths
-from rwkv_accel.runtime import fail, set_environment_defaults
+from rwkv_accel.runtime import fail, run_program, set_environment_defaults
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,4 +48,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rwkv_accel.config.load import load_config
 from rwkv_accel.errors import UserError
-from rwkv_accel.runtime import fail, set_environment_defaults
+from rwkv_accel.runtime import fail, run_program, set_environment_defaults
 
 if TYPE_CHECKING:
     from rwkv_accel.config.schema import TrainerConfig
@@ -133,4 +133,4 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

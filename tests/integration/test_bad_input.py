@@ -49,6 +49,7 @@ CASES = {
     "data empty": (["{r}", "data.path={work}/empty.jsonl"], ["empty.jsonl"]),
     "validation data empty": (["{r}", "eval.path={work}/empty.jsonl"], ["empty.jsonl", "read for eval.path"]),
     "state prompt empty": (["{r}", "peft.method=state", "peft.state_prompt=''"], ["peft.state_prompt", "1 character"]),
+    "sample prompt empty": (["{r}", "samples.prompts=['']", "samples.raw=true"], ["samples.prompts", "empty"]),
     "broken line": (["{r}", "data.path={work}/broken.jsonl"], ["broken.jsonl", "4"]),
     "missing column": (["{r}", "data.prompt_column=question"], ["question", "q"]),
     "vocabulary too small": (["{r}", "data.tokenizer=world"], ["world", "257"]),

@@ -141,6 +141,13 @@ def test_a_section_without_keys_has_its_defaults(tmp_path):
     ]
 
 
+def test_escapes_of_json_are_read_as_json_means_them(tmp_path):
+    override = r'samples.prompts=["\ud83d\ude00", "\u00fc"]'
+    assert load_config(recipe(tmp_path), [override]).samples.prompts == ("😀", "ü")
+    (line,) = problems(recipe(tmp_path), r'samples.prompts=["\ud83d"]')
+    assert "half of a surrogate pair stands there alone" in line
+
+
 def test_paths_know_home_and_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/fast")

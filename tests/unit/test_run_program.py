@@ -77,3 +77,24 @@ def test_a_signal_before_anything_is_loaded_asks_for_another_start(tmp_path, num
     assert process.returncode == 75, said
     assert f"stopped by {number.name}" in said
     assert "Traceback" not in said
+
+
+def run_module(module, *args, **env):
+    argv = [sys.executable, "-m", f"rwkv_accel.{module}", *map(str, args)]
+    return subprocess.run(argv, env=environment(**env), capture_output=True, timeout=120)
+
+
+def test_a_terminal_without_the_character_shows_its_escape(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "smile 😀"}\n', encoding="utf-8")
+    done = run_module("data", "preview", tmp_path / "d.jsonl", "data.tokenizer=byte", PYTHONIOENCODING="latin-1")
+    assert done.returncode == 0, done.stderr
+    assert b"smile \\U0001f600" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_ends_generate_quietly(tmp_path):
+    base = tiny_checkpoint(tmp_path / "base.pth", n_layer=1)
+    argv = [sys.executable, "-m", "rwkv_accel.generate", str(base), "hi", "--max-new-tokens", "20", "--ban-id", "0"]
+    job = subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job.stdout.close()
+    assert b"Traceback" not in job.stderr.read()
+    assert job.wait(timeout=120) == 0

@@ -15,6 +15,8 @@ from rwkv_accel.errors import UserError
 rows = decode.decode_rows(sys.argv[1], batches=(1, 2), prompt_tokens=20, rounds=1)
 print([row["name"] for row in rows])
 print([row["ratio"] for row in rows if "package" in row["name"]], all(row["tokens_per_second"] > 0 for row in rows))
+rows = decode.decode_rows(sys.argv[1], batches=(1,), prompt_tokens=20, rounds=1, precision="bf16-true")
+print("both in bf16:", [row["name"] for row in rows])
 decode.PARITY = 0.0
 try:
     decode.decode_rows(sys.argv[1], batches=(1,), prompt_tokens=20, rounds=1)
@@ -34,4 +36,6 @@ def test_rows_after_parity_and_refusal_without_it(make_model, tmp_path):
     prefills = "'prefill, rwkv package', 'prefill', 'prefill, its projections alone', 'prefill, bf16-true'"
     assert f"['decode, rwkv package', {prefills}, 'decode, batch 1', 'decode, batch 2']" in lines
     assert "[1.0, 1.0] True" in lines
+    half = "'prefill, rwkv package', 'prefill', 'prefill, its projections alone'"
+    assert f"both in bf16: ['decode, rwkv package', {half}, 'decode, batch 1']" in lines
     assert lines[-1].startswith("refused: logits differ from the package's by")

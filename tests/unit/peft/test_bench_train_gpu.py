@@ -1,10 +1,13 @@
 """Both candidates of the GPU training benchmark are one model: small, on a CPU, with a stand-in for the other op."""
 
+import math
+
 import pytest
 import torch
 
 from rwkv_accel.bench import train_gpu
 from rwkv_accel.bench.harness import Options
+from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.ops.wkv7 import BACKENDS, select_backend
 from rwkv_accel.ops.wkv7.chunked import wkv7_chunked
 from tests.helpers import tiny_checkpoint
@@ -61,10 +64,20 @@ def test_a_step_with_the_settings_that_take_least(base, monkeypatch, capsys):
     assert found["base_mib"] * 2**20 == everything - adapters
 
 
+def test_weights_without_an_initialisation(base, tmp_path):
+    train_gpu.random_checkpoint(RWKV7Config.for_new_model(2, 64, 257, 32), tmp_path / "random.pth")
+    arguments = {"who": train_gpu.OURS, "base": str(tmp_path / "random.pth"), "quant": "none", "small": True}
+    model = train_gpu.build({**arguments, "device": "cpu"})
+    assert model.head.weight.dtype == torch.bfloat16
+    ids_BT = torch.randint(1, 257, (1, 25), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    assert train_gpu.training_step(model, optimizer, ids_BT) == pytest.approx(math.log(257), rel=0.1)
+
+
 def test_rows_of_a_gpu(base, monkeypatch, tmp_path):
     monkeypatch.setattr(train_gpu, "SHAPES", {"0.1B": (1, 64), "1.5B": (2, 64)})
     monkeypatch.setattr(train_gpu, "find_spec", lambda name: object())
-    monkeypatch.setattr(train_gpu, "generate_init_weight", lambda *_, **__: None)
+    monkeypatch.setattr(train_gpu, "random_checkpoint", lambda *_: None)
     monkeypatch.setattr(train_gpu, "counted", lambda *_: (0.5, "parts"))
     asked = []
 

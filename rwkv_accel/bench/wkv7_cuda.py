@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv_accel.ops.triton_device import on_device
+from rwkv_accel.ops.devices import on_device
 from rwkv_accel.ops.wkv7.decay import DECAY_SCALE
 
 NAME = "the algorithm of RWKV's CUDA kernel"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_accel.model.precision import wide_dtype
+from rwkv_accel.ops.devices import to_device
 from rwkv_accel.ops.elementwise import head_gate, start_table
 
 
@@ -87,7 +88,7 @@ class Documents:
             raise ValueError(f"cu_seqlens must be a vector of at least 2 borders, got {list(borders.shape)}")
         if borders[0] != 0 or borders[-1] != num_tokens or bool((borders.diff() <= 0).any()):
             raise ValueError(f"cu_seqlens must rise strictly from 0 to {num_tokens}, got {borders.tolist()}")
-        on_device = borders.to(ids_BT.device, non_blocking=True)
+        on_device = to_device(borders, ids_BT.device)
         return cls(borders, on_device[:-1], on_device[1:] - 1, start_table(borders, ids_BT.device))
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rwkv_accel.ops.devices import to_device
 from rwkv_accel.ops.elementwise.backend import check_places, runs_triton
 from rwkv_accel.ops.first_order import check_first_order
 
@@ -23,7 +24,7 @@ def start_table(borders: Tensor, device: torch.device | str) -> Tensor:
     """
     table_T = torch.full((int(borders[-1]),), -1, dtype=torch.int32)
     table_T[borders[:-1]] = torch.arange(len(borders) - 1, dtype=torch.int32)
-    return table_T.to(device, non_blocking=True)
+    return to_device(table_T, device)
 
 
 def shift_lerp(

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_accel.ops.triton_device import on_device
+from rwkv_accel.ops.devices import on_device
 
 TILE = 512
 """Values of a tile: four per thread of a program, which leaves registers for a dozen tiles."""

@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rwkv_accel.ops.devices import to_device
+
 WANTED_PROGRAMS = 512
 """Programs of a scan that fill a large GPU (132 multiprocessors, several programs each). One number for all devices:
 where a sequence is cut decides how its sums are rounded, and ranks and machines should agree on that."""
@@ -90,15 +92,10 @@ def build_pieces(
     first = chunk_within * chunk_size
     chunks = torch.stack([edges[sequence] + first, (lengths[sequence] - first).clamp(max=chunk_size)], dim=1)
     spans = torch.stack([starts, pieces_of], dim=1)
-    return Pieces(*(_to_device(x, device) for x in (pieces, chunks, spans, starts + pieces_of - 1)))
+    return Pieces(*(to_device(x, device) for x in (pieces, chunks, spans, starts + pieces_of - 1)))
 
 
 def _enumerate(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Index of the first item of every group, and the position of every item in its group."""
     starts = counts.cumsum(0) - counts
     return starts, torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
-
-
-def _to_device(x: Tensor, device: torch.device) -> Tensor:
-    # Pinned, so that the copy does not wait for the work that the device has queued.
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

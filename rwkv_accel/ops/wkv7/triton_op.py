@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_accel.ops.devices import on_device
 from rwkv_accel.ops.first_order import check_first_order
-from rwkv_accel.ops.triton_device import on_device
 from rwkv_accel.ops.wkv7.checks import common_dtype
 from rwkv_accel.ops.wkv7.pieces import Pieces, build_pieces
 from rwkv_accel.ops.wkv7.triton_backward import chunk_gradients, scan_pieces_backward

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_accel.ops.triton_device import on_device
+from rwkv_accel.ops.devices import on_device
 from rwkv_accel.ops.wkv7 import triton_op
 from rwkv_accel.ops.wkv7.decay import DECAY_SCALE
 from rwkv_accel.ops.wkv7.step import StepInputs, StepWeights

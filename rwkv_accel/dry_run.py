@@ -26,9 +26,6 @@ def dry_run(config: RunConfig) -> None:
     check_out_dir(config)
     shape = model_shape(config)
     plan = make_plan(shape, config.peft)
-    if config.peft.load_path is not None:
-        meta, _ = read_any_adapter(config.peft.load_path, method=config.peft.method, alpha=config.peft.alpha)
-        check_same_peft(meta, config.peft)
     loader = build_loader(config, None)
     build_eval_sets(config, None)
     read_tasks(config, build_tokenizer(config.data.tokenizer), shape.vocab_size)
@@ -38,6 +35,9 @@ def dry_run(config: RunConfig) -> None:
     if saved:
         check_same_run(saved["config"], identity_of(config, loader), resume_from)
         check_same_data(saved["extra"].get("data_digest"), loader.digest, resume_from)
+    elif config.peft.load_path is not None:
+        meta, _ = read_any_adapter(config.peft.load_path, method=config.peft.method, alpha=config.peft.alpha)
+        check_same_peft(meta, config.peft)
     if is_main_process():
         trainer = config.trainer
         steps = loader.total_steps(trainer.max_epochs, trainer.max_steps, trainer.max_tokens)

@@ -109,9 +109,11 @@ def set_up(config: RunConfig) -> tuple[Run, TrainLoader, TrainState]:
     base, digest = prepare_base(config, accelerator)
     if saved:
         check_same_base(saved["base_digest"], digest, resume_from)
+    # What an adapter brought at the first start is in the checkpoint; its folder may be gone.
+    peft = config.peft.model_copy(update={"load_path": None}) if saved else config.peft
     model = load_model_and_apply_peft(
         base,
-        config.peft,
+        peft,
         precision=Precision.from_name(trainer.precision),
         seed=trainer.seed,
         frozen_tensors=read_extra_tensors(resume_from) if resume_from else None,

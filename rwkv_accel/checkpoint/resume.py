@@ -50,6 +50,7 @@ IDENTITY_KEYS = (
 FREE_KEYS = frozenset(
     {
         "model.path",  # the base is known by its digest, wherever it lies
+        "peft.load_path",  # what it brought is in the checkpoint
         "model.wkv_backend",  # the same maths on another device
         "data.on_bad_line",
         "data.cache_dir",

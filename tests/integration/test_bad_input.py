@@ -141,7 +141,7 @@ def test_dry_run_tells_where_a_start_continues(work, tmp_path, run, capsys):
     assert f"resume: from {out_dir}/checkpoints/step-00000002, after step 2" in capsys.readouterr().out
     assert main([*changed, "--dry-run", "optim.lr_init=1"]) == 2
     assert "optim.lr_init was 2e-05 and is now 1.0" in capsys.readouterr().err
-    assert main([*changed, "--dry-run", "peft.load_path=nowhere"]) == 2
+    assert main([*changed, f"out_dir={tmp_path / 'new'}", "--dry-run", "peft.load_path=nowhere"]) == 2
     assert "nowhere is no adapter" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")} == before
 

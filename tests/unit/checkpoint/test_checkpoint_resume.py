@@ -143,6 +143,7 @@ def test_all_contradictions_are_listed_at_once():
         {"model": {"path": "/moved/base.pth"}},
         {"model": {"wkv_backend": "reference"}},
         {"data": {"cache_dir": "/elsewhere"}},
+        {"peft": {"load_path": "out/moved"}},
         {"trainer": {"micro_batch_size": 4}},
         {"trainer": {"gradient_checkpointing": "block"}},
         {"trainer": {"log_every_n_steps": 5}},

@@ -108,6 +108,9 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         code: Any = main()
     except SystemExit as stop:
         code = stop.code
+    except KeyboardInterrupt:
+        # Ctrl-C in a command that has nothing to save.
+        code = 128 + signal.SIGINT
     if world_size() > 1 and code in (0, EXIT_STOPPED):
         logging.shutdown()
         sys.stdout.flush()

@@ -224,7 +224,7 @@ def _describe(error: Any) -> str:
     shown = error.get("input")
     if kind in WORDS:
         return f"{loc}: {WORDS[kind]}, got {shown!r}"
-    message = error["msg"][0].lower() + error["msg"][1:]
+    message = (error["msg"][0].lower() + error["msg"][1:]).replace("tuple", "list")
     return f"{loc}: {message}, got {shown!r}"
 
 

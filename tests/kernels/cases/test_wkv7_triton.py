@@ -7,11 +7,17 @@ from rwkv_accel.ops.wkv7 import triton_op, wkv7
 from tests.unit.ops.wkv7_cases import NAMES, assert_close, logit, make_inputs, results
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2.5e-3, torch.bfloat16: 2e-2}
+ON_GPU_FP32 = 1e-5
+"""There three tf32 products stand for one of fp32 and keep 21 bits, and the units' sums are cut off, not rounded."""
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # Of fp16 only its products are its own; lengths, heads and keys have tried them.
 FP16_LONG = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str
 )
+
+
+def allowed(dtype, device):
+    return ON_GPU_FP32 if dtype == torch.float32 and device.type == "cuda" else TOLERANCE[dtype]
 
 
 def typed(inputs, dtype, device):
@@ -26,7 +32,7 @@ def check(inputs, dtype, device, flat=(), **kwargs):
     for name, x in found.items():
         assert x.dtype == (torch.float32 if name in ("final", "w0", "state") else dtype)
     found = {name: x.cpu() for name, x in found.items()}
-    assert_close(found, expected, TOLERANCE[dtype], flat=flat)
+    assert_close(found, expected, allowed(dtype, device), flat=flat)
     return found
 
 
@@ -117,7 +123,7 @@ def test_without_state_and_with_one_result_used(pieces, device, programs):
         if used:
             assert not grads[0].pop("r").any()
             assert not grads[1].pop("r").any()
-        assert_close(*grads, 3e-6)
+        assert_close(*grads, allowed(torch.float32, device))
 
 
 def test_strided_and_mixed_inputs(device):
@@ -134,7 +140,7 @@ def test_strided_and_mixed_inputs(device):
     assert {name for name, x in found.items() if x.dtype == torch.bfloat16} == {"out", "r", "v"}
     expected = results(wkv7, [x.cpu().double() for x in mixed], backend="reference")
     assert_close({name: x.cpu() for name, x in found.items()}, expected, 2.5e-3)
-    assert_close({"final": found["final"].cpu()}, {"final": expected["final"]}, 3e-6)
+    assert_close({"final": found["final"].cpu()}, {"final": expected["final"]}, allowed(torch.float32, device))
 
 
 def test_a_frozen_w0_costs_nothing_and_changes_nothing(device, monkeypatch):

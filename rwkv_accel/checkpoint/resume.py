@@ -57,6 +57,8 @@ FREE_KEYS = frozenset(
         "optim.offload",  # where the moments lie
     }
 )
+# What the numbers that best/, plateau and early stop go by are measured on.
+MEASURE_KEYS = ("eval.path", "eval.limit_batches", "eval.limit_examples")
 LENGTH_KEYS = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_tokens")
 
 
@@ -139,6 +141,11 @@ def check_same_run(saved_config: dict[str, Any], config: dict[str, Any], checkpo
         old, now = _get(saved, key), _get(new, key)
         if old != now:
             logger.warning("%s was %s and is now %s: the schedule is stretched", key, _show(old), _show(now))
+    for key in MEASURE_KEYS:
+        old, now = _get(saved, key), _get(new, key)
+        if old is not None and old != now:
+            text = "%s was %s and is now %s: best/, plateau and early stop still compare with what was measured before"
+            logger.warning(text, key, _show(old), _show(now))
 
 
 def _newest(checkpoints: Path, store: RemoteStore | None) -> Path | None:

@@ -164,6 +164,14 @@ def test_another_length_is_allowed_and_announced(caplog):
     assert "trainer.max_steps was null and is now 50" in caplog.text
 
 
+def test_other_validation_data_is_allowed_and_announced(caplog):
+    with caplog.at_level(logging.WARNING):
+        check_same_run(recipe(), recipe(eval={"path": "a.jsonl"}), "out/step-3")
+        assert caplog.text == ""
+        check_same_run(recipe(eval={"path": "a.jsonl"}), recipe(eval={"path": ["b.jsonl"]}), "out/step-3")
+    assert 'eval.path was "a.jsonl" and is now ["b.jsonl"]: best/, plateau and early stop still' in caplog.text
+
+
 def test_without_a_global_batch_the_keys_that_make_it_are_compared():
     saved = recipe(trainer={"global_batch_size": None})
     with pytest.raises(UserError, match=r"trainer\.micro_batch_size was 1 and is now 2"):

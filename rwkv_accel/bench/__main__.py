@@ -69,6 +69,7 @@ def _measure(args: argparse.Namespace) -> int:
             for row in importlib.import_module(module).measure(options):
                 _show(name, row)
                 rows[name].append(asdict(row))
+                _write(args.json, hardware(options), rows)
         except UserError as error:  # a baseline that is not installed
             print(f"| {name} | not measured: {error} | | | |", flush=True)
         except ParityError as error:
@@ -78,9 +79,7 @@ def _measure(args: argparse.Namespace) -> int:
             failed = True
             traceback.print_exc()
             print(f"| {name} | **failed** {type(error).__name__}: {_one_line(error)} | | | |", flush=True)
-        _write(
-            args.json, {"hardware": hardware(options), "rows": {case: found for case, found in rows.items() if found}}
-        )
+    _write(args.json, hardware(options), rows)
     return 1 if failed else 0
 
 
@@ -94,10 +93,11 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _write(path: Path | None, document: dict[str, object]) -> None:
-    """After every case: a later one may take the process down."""
+def _write(path: Path | None, machine: str, rows: dict[str, list[dict[str, object]]]) -> None:
+    """After every row: what comes next may take the process down."""
     if path is None:
         return
+    document = {"hardware": machine, "rows": {case: found for case, found in rows.items() if found}}
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     os.replace(draft, path)

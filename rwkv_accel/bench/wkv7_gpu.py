@@ -178,6 +178,8 @@ def _accuracy(others: list[Baseline], options: Options, failures: list[str]) -> 
                 failures.append(f"{label}: {error:.1e}, allowed {tolerance:.0e}")
             if failures and dtype == torch.bfloat16:
                 raise ParityError(failures[0])
+            if not math.isfinite(error):
+                continue  # JSON has no such number
             theirs = {b.name: b.error(dtype, options.device, hard=hard) for b in others if dtype in b.dtypes}
             yield from _against(label, error, "relative", theirs)
 

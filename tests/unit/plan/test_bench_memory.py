@@ -59,6 +59,8 @@ def test_rows(monkeypatch):
 def test_a_case_that_fails_keeps_the_rows_of_all(monkeypatch, capsys, tmp_path):
     def fails(options):
         yield Row("first", 1.0, "ms")
+        # On disk by now, whatever becomes of this process.
+        assert "first" in (tmp_path / "rows.json").read_text()
         raise ValueError("no such\nthing")
 
     monkeypatch.setattr(memory, "measure", fails)

@@ -50,6 +50,8 @@ OURS, THEIRS = "ours", "op of flash-linear-attention, layers of HF peft"
 
 
 def measure(options: Options) -> Iterator[Row]:
+    """A process that fails is told of at the end: it must not take the other rows along."""
+    failures: list[RuntimeError] = []
     for shape in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             base = Path(folder) / "base.pth"
@@ -57,12 +59,16 @@ def measure(options: Options) -> Iterator[Row]:
             random_checkpoint(config, base)
             common = {"base": str(base), "repeats": options.repeats, "device": options.device}
             if shape == SPEED_SHAPE:
-                yield from _speed({**common, "ctx": SPEED_CTX, "quant": "none", "small": False})
+                yield from _speed({**common, "ctx": SPEED_CTX, "quant": "none", "small": False}, failures)
             for quant in BASES:
-                found = in_fresh_process(__name__, {**common, "ctx": CTX, "quant": quant, "small": True, "who": OURS})
+                found = _try({**common, "ctx": CTX, "quant": quant, "small": True, "who": OURS}, failures)
+                if found is None:
+                    continue
                 above = (found["peak_mib"] - found["base_mib"]) * 2**20 / GIGABYTE
                 expected, _ = counted(shape, quant, SMALL, SMALL_OPTIM)
                 yield Row(label(shape, quant), above, "GB", "by count", expected / above)
+    if failures:
+        raise failures[0]
 
 
 def random_checkpoint(config: RWKV7Config, path: Path) -> None:
@@ -76,15 +82,25 @@ def random_checkpoint(config: RWKV7Config, path: Path) -> None:
     save_checkpoint({name: weight(shape) for name, shape in parameter_shapes(config).items()}, path)
 
 
-def _speed(arguments: dict[str, Any]) -> list[Row]:
+def _try(arguments: dict[str, Any], failures: list[RuntimeError]) -> dict[str, Any] | None:
+    try:
+        return in_fresh_process(__name__, arguments)
+    except RuntimeError as error:
+        failures.append(error)
+        return None
+
+
+def _speed(arguments: dict[str, Any], failures: list[RuntimeError]) -> list[Row]:
     what = f"{SPEED_SHAPE} shape, LoRA r={RANK}, ctx {arguments['ctx']}"
     missing = [name for name in ("fla", "peft") if find_spec(name) is None]
-    found = {
-        who: in_fresh_process(__name__, {**arguments, "who": who}) for who in (OURS, *([] if missing else [THEIRS]))
-    }
+    tried = {who: _try({**arguments, "who": who}, failures) for who in (OURS, *([] if missing else [THEIRS]))}
+    found = {who: numbers for who, numbers in tried.items() if numbers is not None}
+    if OURS not in found:
+        return []
     ours = found[OURS]["tokens_per_second"]
-    if missing:
-        return [Row(f"{what}, ours", ours, "tokens/s", note=f"baseline not measured: {missing[0]} is not installed")]
+    if THEIRS not in found:
+        why = f"{missing[0]} is not installed" if missing else "it failed"
+        return [Row(f"{what}, ours", ours, "tokens/s", note=f"baseline not measured: {why}")]
     theirs = found[THEIRS]["tokens_per_second"]
     rows = [
         Row(f"{what}, ours", ours, "tokens/s", THEIRS, ours / theirs),
@@ -95,9 +111,11 @@ def _speed(arguments: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def as_theirs(model: RWKV7, op: Op) -> RWKV7:
-    """The same model with their op and their LoRA layers (bf16-mixed: adapters in fp32, as ours)."""
+def as_theirs(model: RWKV7, op: Op, device_type: str) -> RWKV7:
+    """The same model with their op and their LoRA layers: adapters in fp32, as ours, which torch.autocast multiplies in
+    bf16, as their users have it."""
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
 
     def backend(*arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, state, borders = arguments
@@ -110,7 +128,12 @@ def as_theirs(model: RWKV7, op: Op) -> RWKV7:
     model.wkv_backend = "baseline"
     model.requires_grad_(False)
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(LINEAR_TARGETS))
-    return inject_adapter_in_model(lora, model)
+    model = inject_adapter_in_model(lora, model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            layer.forward = torch.autocast(device_type, torch.bfloat16)(layer.forward)
+    return model
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids_BT: Tensor) -> float:
@@ -132,7 +155,7 @@ def build(arguments: dict[str, Any], op: Op | None = None) -> nn.Module:
         peft = PeftConfig(rank=RANK, base_quant=arguments["quant"])
         model = load_model_and_apply_peft(ModelConfig(path=arguments["base"]), peft, precision=precision)
     else:
-        model = as_theirs(load_model(arguments["base"], precision), op or _installed_fla())
+        model = as_theirs(load_model(arguments["base"], precision), op or _installed_fla(), arguments["device"])
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(precision.trainable)

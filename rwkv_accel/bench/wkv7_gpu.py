@@ -44,9 +44,15 @@ def log_decay_ready(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [r, LOWEST_W_LOG * torch.sigmoid(w_low + w0), k, v, a, b]
 
 
+def log_decay_alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same with w_log in the dtype of the others, as flash-linear-attention's own layer has it: half the bytes."""
+    r, w_low, k, v, a, b, w0 = tensors
+    return [r, LOWEST_W_LOG * torch.sigmoid(w_low + w0.to(w_low.dtype)), k, v, a, b]
+
+
 def with_log_decay(op: Op) -> Op:
     """An op that reads w_log, called as `wkv7` is."""
-    return lambda *tensors: op(*log_decay_ready(tensors))
+    return lambda *tensors: op(*log_decay_alike(tensors))
 
 
 def load_fla() -> tuple[str, Op | None]:
@@ -139,7 +145,7 @@ def baselines() -> Iterator[Baseline]:
     """Those that can be had here."""
     name, fla = load_fla()
     if fla is not None:
-        yield Baseline(name, fla, log_decay_ready)
+        yield Baseline(name, fla, log_decay_alike)
     if torch.version.hip is None:
         yield OFFICIAL
 

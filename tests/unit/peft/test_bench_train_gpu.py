@@ -7,9 +7,11 @@ import torch
 
 from rwkv_accel.bench import train_gpu
 from rwkv_accel.bench.harness import Options
+from rwkv_accel.config.schema import OptimConfig
 from rwkv_accel.model.config import RWKV7Config
 from rwkv_accel.ops.wkv7 import BACKENDS, select_backend
 from rwkv_accel.ops.wkv7.chunked import wkv7_chunked
+from rwkv_accel.optim import build_optimizer
 from tests.helpers import tiny_checkpoint
 
 
@@ -98,6 +100,38 @@ def test_rows_of_a_gpu(base, monkeypatch, tmp_path):
     assert len(small) == 4
     assert {(row.value, row.unit, row.baseline) for row in small} == {(1000 * 2**20 / 1e9, "GB", "by count")}
     assert small[0].ratio == pytest.approx(0.5 / 1.048576)
+
+
+def test_their_adapters_are_multiplied_in_bf16(base, monkeypatch):
+    arguments = {"who": train_gpu.THEIRS, "base": base, "quant": "none", "small": False, "device": "cpu"}
+    model = train_gpu.build(arguments, lambda *tensors: wkv7_chunked(*tensors, None, None))
+    seen = []
+    layer = model.blocks[1].ffn.key
+    layer.lora_A.default.register_forward_hook(lambda module, given, out: seen.append((module.weight.dtype, out.dtype)))
+    out = layer(torch.ones(2, layer.in_features, dtype=torch.bfloat16))
+    assert seen == [(torch.float32, torch.bfloat16)]
+    assert out.dtype == torch.bfloat16
+    build_optimizer(model, OptimConfig())
+
+
+def test_a_process_that_fails_leaves_the_rows_of_the_others(base, monkeypatch):
+    monkeypatch.setattr(train_gpu, "SHAPES", {"1.5B": (2, 64)})
+    monkeypatch.setattr(train_gpu, "find_spec", lambda name: object())
+    monkeypatch.setattr(train_gpu, "random_checkpoint", lambda *_: None)
+    monkeypatch.setattr(train_gpu, "counted", lambda *_: (0.5, "parts"))
+
+    def elsewhere(module, arguments):
+        if arguments["who"] == train_gpu.THEIRS or (arguments["quant"] == "none" and arguments["small"]):
+            raise RuntimeError(f"out of memory, {arguments['who']}")
+        return {"tokens_per_second": 300.0, "peak_mib": 2000.0, "base_mib": 1000.0}
+
+    monkeypatch.setattr(train_gpu, "in_fresh_process", elsewhere)
+    rows = []
+    with pytest.raises(RuntimeError, match=f"out of memory, {train_gpu.THEIRS}"):
+        rows.extend(train_gpu.measure(Options(2, 1, "cuda")))
+    speed, memory = rows
+    assert (speed.value, speed.ratio, speed.note) == (300.0, None, "baseline not measured: it failed")
+    assert "base nf4" in memory.name
 
 
 def test_the_baseline_refuses_what_it_does_not_compute(base):

@@ -73,7 +73,10 @@ def _in_template(
         )
     if template == "raw" and not args.stop:
         params = replace(params, stop=tuple(args.stop_text))
-    in_template = prompt_writer("raw" if args.raw else template)
+    try:
+        in_template = prompt_writer("raw" if args.raw else template)
+    except UserError as error:
+        raise UserError(f"{error}; name it with --template, or leave the prompt as it is with --raw") from None
     return lambda prompt, raw: prompt if raw else in_template(prompt), params
 
 

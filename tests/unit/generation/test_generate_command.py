@@ -206,6 +206,7 @@ def test_chat_from_the_command_line(files, capsys, monkeypatch):
         (["base.pth", "a", "b", "--save-memory", "m"], "--save-memory keeps one conversation"),
         (["base.pth", "a", "--memory", "none"], "memory none does not exist"),
         (["base.pth", "a", "--device", "abacus"], "device abacus cannot be used here"),
+        (["base.pth", "a", "--template", "no.jinja"], "No such file or directory: 'no.jinja'; name it with --template"),
         (["nothing", "a"], "nothing does not exist"),
         (["nothing.pth", "a"], "nothing.pth does not exist; give a run folder"),
         ([".", "a"], ". is no run (no run.yaml) and no save"),

@@ -59,6 +59,15 @@ def test_a_run_is_measured_as_its_recipe_says(files):
     assert config.trainer.global_batch_size is None
 
 
+def test_a_checkpoint_with_an_adapter_is_asked_in_the_template_of_the_adapter(files):
+    def template(*options):
+        args = build_parser().parse_intermixed_args([str(files / "base.pth"), "--data", "x.txt", *options])
+        return recipe_for(args, Source(files / "base.pth", tokenizer="byte", template="raw")).data.template
+
+    assert (template(), template("--template", "rwkv")) == ("raw", "rwkv")
+    assert recipe(files / "base.pth", "--data", "x.txt").data.template == "rwkv"
+
+
 def test_options_and_overrides_take_the_place_of_the_recipe(files):
     argv = [
         files / "run" / "adapter" / "step-1", "--data", "x.txt", "--data", "y.jsonl", "--answers", "a.jsonl",

@@ -27,7 +27,6 @@ from rwkv_accel.ops.wkv7.triton_config import (
     Config,
     default_config,
     entry_name,
-    obstacle,
     precision,
 )
 from rwkv_accel.ops.wkv7.triton_step import step_triton
@@ -76,8 +75,7 @@ def shipped(
         _, _, family = TARGETS[target]
         for dtype in dtypes:
             for size in head_sizes:
-                if obstacle(family, dtype, size) is None:
-                    yield from wkv7_kernels(target, dtype, size, default_config(family, dtype, size))
+                yield from wkv7_kernels(target, dtype, size, default_config(family, dtype, size))
                 yield from elementwise_kernels(target, dtype, size)
 
 
@@ -111,7 +109,7 @@ def wkv7_kernels(target: str, dtype: torch.dtype, size: int, config: Config) -> 
     x = torch.empty(1, num_tokens, heads, size, dtype=dtype, device="meta")
     inputs = (*[x] * 6, x.new_empty(heads, size, dtype=torch.float32))
     state = x.new_empty(1, heads, size, size, dtype=torch.float32)
-    numbers = precision(TARGETS[target][2], dtype)
+    numbers = precision(TARGETS[target][2], dtype, size)
     with captured(target, entry_name(dtype, size)) as found:
         for programs, start, kept in ((WANTED_PROGRAMS, None, True), (WANTED_PROGRAMS, state, False), (8, state, True)):
             pieces = build_pieces(1, num_tokens, None, config.chunk_size, programs, torch.device("meta"))

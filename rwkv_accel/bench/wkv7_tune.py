@@ -128,7 +128,7 @@ def run(config: Config, dtype: torch.dtype, device: str) -> Callable[[], list[to
     batch, num_tokens, heads, size = SHAPE
     programs = heads * (size // config.scan.block)
     pieces = build_pieces(batch, num_tokens, None, config.chunk_size, programs, tensors[0].device)
-    setup = triton_op.Setup(config, precision(family(tensors[0].device), dtype), pieces)
+    setup = triton_op.Setup(config, precision(family(tensors[0].device), dtype, size), pieces)
 
     def once() -> list[torch.Tensor]:
         out, final, extra = triton_op.run_forward(tensors, None, setup, True)

@@ -232,7 +232,7 @@ def wkv_backend_of(config: RWKV7Config, precision: Precision, device_type: str) 
         return select_backend("auto", device_type, config.head_size, precision.compute)[0]
     if device_type != "cuda" or find_spec("triton") is None:
         return "chunked"
-    return "chunked" if obstacle("sm_90", precision.compute, config.head_size) else COUNTED
+    return "chunked" if obstacle(precision.compute, config.head_size) else COUNTED
 
 
 @contextmanager

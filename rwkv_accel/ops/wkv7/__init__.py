@@ -105,8 +105,7 @@ def _triton_obstacle(device_type: str, head_size: int, dtype: torch.dtype) -> st
         return f"there are kernels for NVIDIA and AMD GPUs, not for {device_type}"
     elif torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "NVIDIA GPUs before compute capability 8.0 do not multiply bf16"
-    family = "hip" if torch.version.hip else "cuda"
-    return triton_obstacle(family, dtype, head_size)
+    return triton_obstacle(dtype, head_size)
 
 
 _OBSTACLES: dict[str, Callable[[str, int, torch.dtype], str | None]] = {

@@ -6,8 +6,8 @@
 Z = (I - Aab) U is what the inverse acts on, dZ its gradient; D is the gradient of the state behind a chunk. The scan
 reads neither k nor v; the second kernel has no serial part and no inverse, so it fills the device at any batch size.
 
-Tables and names as in triton_forward.py. Shapes: H heads, N head size, C tokens of a chunk, V values of a slice,
-K keys of a block.
+Tables and names as in triton_forward.py. Shapes: H heads, N head size, C tokens of a chunk, V values of a slice
+(scan) or of a block, K keys of a block.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rwkv_accel.ops.wkv7.triton_math import (
     load_rows,
     lower_part,
     operand,
+    piece_of_program,
     store_rows,
 )
 
@@ -48,14 +49,7 @@ def scan_pieces_backward(
     PRECISION: tl.constexpr,
 ):
     """`d_end_p` None: zeros. `dz_p` and `d_states_p` None: only the gradient of the piece's first state is wanted."""
-    NUM_SLICES: tl.constexpr = N // V
-    index = tl.program_id(0) // NUM_SLICES
-    row = (tl.program_id(0) % NUM_SLICES) * V + tl.arange(0, V)
-    piece = (index // heads).to(tl.int64)
-    head = index % heads
-    first_token = tl.load(pieces_p + 3 * piece)
-    num_tokens = tl.load(pieces_p + 3 * piece + 1).to(tl.int32)
-    first_chunk = tl.load(pieces_p + 3 * piece + 2)
+    piece, head, row, first_token, num_tokens, first_chunk = piece_of_program(pieces_p, heads, V, N)
     t, n = tl.arange(0, C), tl.arange(0, N)
     square = t[:, None] * C + t[None, :]
     keys = t[:, None] * (heads * N) + n[None, :]
@@ -121,9 +115,13 @@ def chunk_gradients(
     N: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
+    V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`d_w0_p` [chunks,H,N]: what every chunk adds to the gradient of w0; None: it is not wanted."""
+    """`d_w0_p` [chunks,H,N]: what every chunk adds to the gradient of w0; None: it is not wanted.
+
+    V < N: what is multiplied along the values does not fit into the registers at once, and is taken V at a time.
+    """
     chunk, head, first_token, num_tokens = chunk_of_program(chunks_p, heads)
     t, n = tl.arange(0, C), tl.arange(0, N)
     here = (t < num_tokens)[:, None]
@@ -135,11 +133,9 @@ def chunk_gradients(
     d_out_CN = operand(load_rows(d_out_p + base, values, here), PRECISION)
     u_CN = operand(load_rows(u_p + base, values, here), PRECISION)
     dz_CN = operand(load_rows(dz_p + base, values, here), PRECISION)
-    # Gradients of the four scores: which row of what is read, times which row of what is written.
-    d_ab_CC = operand(lower_part(dot(dz_CN, tl.trans(u_CN), PRECISION), C, True), PRECISION)
-    d_ak_CC = operand(lower_part(dot(dz_CN, tl.trans(v_CN), PRECISION), C, True), PRECISION)
-    d_rb_CC = operand(lower_part(dot(d_out_CN, tl.trans(u_CN), PRECISION), C, False), PRECISION)
-    d_rk_CC = operand(lower_part(dot(d_out_CN, tl.trans(v_CN), PRECISION), C, False), PRECISION)
+    d_ab_CC, d_ak_CC, d_rb_CC, d_rk_CC = _score_gradients(
+        v_p + base, d_out_p + base, u_p + base, dz_p + base, here, heads, N, C, V, PRECISION
+    )
     ak_CC, rk_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
     dv_CN = tl.zeros([C, N], tl.float32)
 
@@ -160,20 +156,30 @@ def chunk_gradients(
         # dG of the end: the last state scales with it. Its parts are state * D here, then k dk and b db below.
         d_total_K = tl.sum(state_NK * d_written_NK, 0)
 
-        d_read_CK = dot(dz_CN, state_NK, PRECISION) + dot(d_ab_CC, b_CK, PRECISION) + dot(d_ak_CC, k_CK, PRECISION)
+        d_read_CK = _along_values(
+            dz_CN, state_NK, dz_p + base, states_p + state_base, None, key, here, heads, V, PRECISION
+        )
+        d_read_CK = d_read_CK + dot(d_ab_CC, b_CK, PRECISION) + dot(d_ak_CC, k_CK, PRECISION)
         store_rows(da_p + base, keys, d_read_CK * before_CK, here)
         from_a_CK = d_read_CK * a_CK
         d_sum_CK = from_a_CK
-        d_read_CK = dot(d_out_CN, state_NK, PRECISION) + dot(d_rb_CC, b_CK, PRECISION) + dot(d_rk_CC, k_CK, PRECISION)
+        d_read_CK = _along_values(
+            d_out_CN, state_NK, d_out_p + base, states_p + state_base, None, key, here, heads, V, PRECISION
+        )
+        d_read_CK = d_read_CK + dot(d_rb_CC, b_CK, PRECISION) + dot(d_rk_CC, k_CK, PRECISION)
         store_rows(dr_p + base, keys, d_read_CK * decay_CK, here)
         d_sum_CK += d_read_CK * r_CK
 
-        d_kept_CK = dot(u_CN, d_written_NK, PRECISION)
+        d_kept_CK = _along_values(
+            u_CN, d_written_NK, u_p + base, d_states_p + state_base, tl.exp2(total_K), key, here, heads, V, PRECISION
+        )
         d_total_K += tl.sum(d_kept_CK * b_CK, 0)
         d_kept_CK += dot(tl.trans(d_ab_CC), a_CK, PRECISION) + dot(tl.trans(d_rb_CC), r_CK, PRECISION)
         store_rows(db_p + base, keys, d_kept_CK * growth_CK, here)
         d_sum_CK -= d_kept_CK * b_CK
-        d_kept_CK = dot(v_CN, d_written_NK, PRECISION)
+        d_kept_CK = _along_values(
+            v_CN, d_written_NK, v_p + base, d_states_p + state_base, tl.exp2(total_K), key, here, heads, V, PRECISION
+        )
         d_total_K += tl.sum(d_kept_CK * k_CK, 0)
         d_kept_CK += dot(tl.trans(d_ak_CC), a_CK, PRECISION) + dot(tl.trans(d_rk_CC), r_CK, PRECISION)
         store_rows(dk_p + base, keys, d_kept_CK * growth_CK, here)
@@ -193,3 +199,57 @@ def chunk_gradients(
     dv_CN += dot(tl.trans(lower_part(rk_CC, C, False)), d_out_CN, PRECISION)
     dv_CN += dot(tl.trans(lower_part(ak_CC, C, True)), dz_CN, PRECISION)
     store_rows(dv_p + base, values, dv_CN, here)
+
+
+@triton.jit
+def _score_gradients(
+    v_p,
+    d_out_p,
+    u_p,
+    dz_p,
+    here,
+    heads,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Which row of what is read, times which row of what is written. (Where V = N the compiler loads all this once.)"""
+    d_ab_CC, d_ak_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    d_rb_CC, d_rk_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for block in range(N // V):
+        values = tl.arange(0, C)[:, None] * (heads * N) + (block * V + tl.arange(0, V))[None, :]
+        v_CV = operand(load_rows(v_p, values, here), PRECISION)
+        d_out_CV = operand(load_rows(d_out_p, values, here), PRECISION)
+        u_CV = operand(load_rows(u_p, values, here), PRECISION)
+        dz_CV = operand(load_rows(dz_p, values, here), PRECISION)
+        d_ab_CC += dot(dz_CV, tl.trans(u_CV), PRECISION)
+        d_ak_CC += dot(dz_CV, tl.trans(v_CV), PRECISION)
+        d_rb_CC += dot(d_out_CV, tl.trans(u_CV), PRECISION)
+        d_rk_CC += dot(d_out_CV, tl.trans(v_CV), PRECISION)
+    d_ab_CC = operand(lower_part(d_ab_CC, C, True), PRECISION)
+    d_ak_CC = operand(lower_part(d_ak_CC, C, True), PRECISION)
+    d_rb_CC = operand(lower_part(d_rb_CC, C, False), PRECISION)
+    d_rk_CC = operand(lower_part(d_rk_CC, C, False), PRECISION)
+    return d_ab_CC, d_ak_CC, d_rb_CC, d_rk_CC
+
+
+@triton.jit
+def _along_values(
+    rows_CN, matrix_NK, rows_p, matrix_p, scale_K, key, here, heads, V: tl.constexpr, PRECISION: tl.constexpr
+):
+    """rows @ matrix; where V < N as a sum over blocks of V values, which are read again (and the matrix scaled)."""
+    C: tl.constexpr = rows_CN.shape[0]
+    N: tl.constexpr = rows_CN.shape[1]
+    if V == N:
+        product_CK = dot(rows_CN, matrix_NK, PRECISION)
+    else:
+        product_CK = tl.zeros([C, matrix_NK.shape[1]], tl.float32)
+        for block in range(N // V):
+            value = block * V + tl.arange(0, V)
+            rows_CV = load_rows(rows_p, tl.arange(0, C)[:, None] * (heads * N) + value[None, :], here)
+            matrix_VK = tl.load(matrix_p + value[:, None] * N + key[None, :]).to(tl.float32)
+            if scale_K is not None:
+                matrix_VK *= scale_K[None, :]
+            product_CK += dot(rows_CV, matrix_VK, PRECISION)
+    return product_CK

@@ -25,6 +25,9 @@ class Launch:
     """Values of a slice (scans), keys of a block (gradients); unused by the inverse."""
     num_warps: int
     num_stages: int = 1
+    inner: int | None = None
+    """Keys (scan, transition), values (gradients) that products sum over at once; None: all, which the registers hold
+    up to head size 64. Unused by the others."""
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -69,16 +72,17 @@ def family(device: torch.device) -> str:
     return "sm_90" if torch.cuda.get_device_capability(device) == (9, 0) else "cuda"
 
 
-def precision(family: str, dtype: torch.dtype) -> Precision:
+def precision(family: str, dtype: torch.dtype, head_size: int) -> Precision:
     """fp16 data go through tf32 products: as many bits, and a range that holds exp of a chunk's decay.
 
     AMD's matrix units take fp32 as it is. On NVIDIA three tf32 products make one of fp32 where the operands fit into
     the registers three times over; elsewhere fp32 goes through the plain units.
     """
+    three_fit = family == "sm_90" and head_size <= 64
     if family == "hip":
         wide = Precision("ieee", "ieee", "ieee", torch.float32)
     elif dtype == torch.float32:
-        wide = Precision("tf32x3" if family == "sm_90" else "ieee", "ieee", "tf32x3", torch.float32)
+        wide = Precision("tf32x3" if three_fit else "ieee", "ieee", "tf32x3", torch.float32)
     else:
         wide = Precision("tf32", "tf32", "tf32", torch.float32)
     return Precision("bf16", "bf16", wide.inverse, torch.bfloat16) if dtype == torch.bfloat16 else wide
@@ -91,51 +95,53 @@ def default_config(family: str, dtype: torch.dtype, head_size: int) -> Config:
     return Config(chunk_size, Launch(head_size, 2), *launches)
 
 
-def obstacle(family: str, dtype: torch.dtype, head_size: int) -> str | None:
-    """Why there are no sizes for such data, or None."""
+def obstacle(dtype: torch.dtype, head_size: int) -> str | None:
+    """Why there are no kernels for such data, or None."""
     if dtype not in DTYPES:
         return f"the kernels compute in fp32 at most, not in {str(dtype).removeprefix('torch.')}"
     if head_size not in HEAD_SIZES:
         return f"head size {head_size} is none of {', '.join(map(str, HEAD_SIZES))}"
-    if head_size not in _TABLE[family, dtype]:
-        return f"head size {head_size} in {str(dtype).removeprefix('torch.')} does not fit into the registers"
     return None
 
 
-# (family, dtype) -> head size -> chunk, then (block, warps[, stages]) of the two scans and of the gradients; of the
-# scan that makes transitions where it differs.
+# (family, dtype) -> head size -> chunk, then (block, warps[, stages[, inner]]) of scan, backward scan and gradients; of
+# the scan of transitions where it differs.
 _TABLE: dict[tuple[str, torch.dtype], dict[int, tuple]] = {
     ("sm_90", torch.bfloat16): {
         16: (32, (16, 4), (16, 4), (16, 4)),
         32: (16, (32, 4), (32, 4), (32, 4)),
         64: (32, (64, 8), (64, 8), (64, 8)),
-        128: (16, (64, 8), (64, 8), (16, 8)),
+        128: (16, (64, 8), (64, 8), (64, 8, 1, 64)),
     },
     ("sm_90", torch.float16): {
         16: (16, (16, 4), (16, 4), (16, 4)),
         32: (16, (32, 4), (32, 4), (32, 4)),
         64: (16, (64, 8), (64, 8), (64, 8)),
+        128: (16, (64, 8, 1, 32), (64, 8), (32, 8, 1, 64), (64, 8)),
     },
     ("sm_90", torch.float32): {
         16: (16, (16, 4), (16, 4), (16, 4)),
         32: (16, (16, 4), (16, 4), (16, 4)),
         64: (16, (16, 8, 2), (64, 8), (16, 8), (64, 8)),
+        128: (16, (16, 8, 1, 64), (32, 8), (16, 8, 1, 64)),
     },
     ("cuda", torch.bfloat16): {
         16: (32, (16, 4), (16, 4), (16, 4)),
         32: (16, (32, 4), (32, 4), (32, 4)),
         64: (32, (32, 8), (32, 8), (64, 8)),
-        128: (16, (64, 8), (64, 8), (32, 8)),
+        128: (16, (64, 8), (64, 8), (64, 8, 1, 64)),
     },
     ("cuda", torch.float16): {
-        16: (16, (16, 4, 2), (16, 4), (16, 4)),
+        16: (16, (16, 4), (16, 4), (16, 4)),
         32: (16, (32, 4), (32, 4), (32, 4)),
         64: (16, (32, 8), (32, 8), (64, 8)),
+        128: (16, (32, 8, 1, 64), (64, 8), (32, 8, 1, 64), (32, 8)),
     },
     ("cuda", torch.float32): {
         16: (16, (16, 4), (16, 4), (16, 4)),
         32: (16, (16, 4), (16, 4), (16, 4)),
-        64: (16, (16, 8), (16, 8), (16, 8), (16, 4)),
+        64: (16, (16, 8), (16, 8), (16, 8), (32, 8)),
+        128: (16, (16, 8, 1, 64), (32, 8), (16, 8, 1, 64)),
     },
     ("hip", torch.bfloat16): {
         16: (16, (16, 4), (16, 4), (16, 4)),

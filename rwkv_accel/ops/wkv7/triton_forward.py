@@ -12,7 +12,7 @@ A row of the state needs no other row, so the slices of values never talk to eac
 Tables (int64): pieces [P,3] = first token, number of tokens, first chunk; chunks [n,2] = first token, number of tokens.
 Tokens count rows of [B*T]. Offsets that grow with the batch or with T are int64, offsets within a chunk are int32.
 
-Shapes: H heads, N head size, C tokens of a chunk, V values of a slice.
+Shapes: H heads, N head size, C tokens of a chunk, V values of a slice, K keys of a block.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from rwkv_accel.ops.wkv7.triton_math import (
     load_rows,
     lower_part,
     operand,
+    piece_of_program,
     store_rows,
 )
 
@@ -82,6 +83,7 @@ def scan_pieces(
     N: tl.constexpr,
     C: tl.constexpr,
     V: tl.constexpr,
+    K: tl.constexpr,
     PRECISION: tl.constexpr,
     TRANSITION: tl.constexpr,
 ):
@@ -89,69 +91,117 @@ def scan_pieces(
 
     TRANSITION makes what a piece does to any state instead, S -> S M + P, in `final_p` [pieces,H,2N,N]: M above
     (from the identity, without values), P below (from zeros). `r_p`, `out_p` and `start_p` are None then.
+
+    K < N: what is multiplied along the keys does not fit into the registers at once. The products are then sums over
+    blocks of K keys, and between its uses the state lies in `final_p`, where its blocks can be picked.
     """
     ROWS: tl.constexpr = 2 * N if TRANSITION else N
-    NUM_SLICES: tl.constexpr = ROWS // V
-    index = tl.program_id(0) // NUM_SLICES
-    row = (tl.program_id(0) % NUM_SLICES) * V + tl.arange(0, V)
-    piece = (index // heads).to(tl.int64)
-    head = index % heads
-    first_token = tl.load(pieces_p + 3 * piece)
-    num_tokens = tl.load(pieces_p + 3 * piece + 1).to(tl.int32)
-    first_chunk = tl.load(pieces_p + 3 * piece + 2)
-    t, n = tl.arange(0, C), tl.arange(0, N)
-    value = row % N
-    square = t[:, None] * C + t[None, :]
-    keys = t[:, None] * (heads * N) + n[None, :]
-    values = t[:, None] * (heads * N) + value[None, :]
-    state_rows = row[:, None] * N + n[None, :]
-    w0_N = tl.load(w0_p + head * N + n)
-
-    if TRANSITION:
-        state_VN = tl.where(row[:, None] == n[None, :], 1.0, 0.0)
-    elif start_p is not None:
-        state_VN = tl.load(start_p + (piece * heads + head) * N * N + state_rows)
+    piece, head, row, first_token, num_tokens, first_chunk = piece_of_program(pieces_p, heads, V, ROWS)
+    t = tl.arange(0, C)
+    values = t[:, None] * (heads * N) + (row % N)[None, :]
+    state_rows = row[:, None] * N + tl.arange(0, N)[None, :]
+    final_base = (piece * heads + head) * ROWS * N
+    start_VN = _start(start_p, (piece * heads + head) * N * N + state_rows, row, N, V, TRANSITION)
+    if K == N:
+        state_VK = start_VN
     else:
-        state_VN = tl.zeros([V, N], tl.float32)
+        tl.store(final_p + final_base + state_rows, start_VN)
 
     for c in range(tl.cdiv(num_tokens, C)):
-        here_C = c * C + t < num_tokens
-        here = here_C[:, None]
+        here = (c * C + t < num_tokens)[:, None]
         base = ((first_token + c * C) * heads + head) * N
         chunk = (first_chunk + c) * heads + head
-        w_CN = load_log2_decay(w_low_p + base, keys, here, w0_N)
-        sum_CN = tl.cumsum(w_CN, 0)
-        total_N = tl.sum(w_CN, 0)
-        growth_CN = tl.exp2(-sum_CN)
-        a_CN = operand(load_rows(a_p + base, keys, here) * tl.exp2(sum_CN - w_CN), PRECISION)
-        b_CN = operand(load_rows(b_p + base, keys, here) * growth_CN, PRECISION)
-        k_CN = operand(load_rows(k_p + base, keys, here) * growth_CN, PRECISION)
-        if TRANSITION:
-            v_CV = load_rows(v_p + base, values, here & (row >= N)[None, :])
-        else:
-            v_CV = load_rows(v_p + base, values, here)
-        v_CV = operand(v_CV, PRECISION)
-        inverse_CC = tl.load(inverse_p + chunk * C * C + square)
-        if not TRANSITION and states_p is not None:
-            tl.store(states_p + chunk * N * N + state_rows, state_VN.to(states_p.dtype.element_ty))
+        read_CV, out_CV = tl.zeros([C, V], tl.float32), tl.zeros([C, V], tl.float32)
+        ak_CC, rk_CC, rb_CC = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+        for block in tl.static_range(N // K):
+            key = block * K + tl.arange(0, K)
+            block_rows = row[:, None] * N + key[None, :]
+            if K < N:
+                tl.debug_barrier()  # Nothing of this block moves up, where its registers are not free yet.
+                state_VK = tl.load(final_p + final_base + block_rows)
+            keys, w_CK, sum_CK, a_CK, b_CK, k_CK = _block_of_keys(
+                w_low_p, a_p, b_p, k_p, w0_p, base, head, key, here, heads, N, C, PRECISION
+            )
+            if block == 0:
+                own = here & (row >= N)[None, :] if TRANSITION else here
+                v_CV = operand(load_rows(v_p + base, values, own), PRECISION)
+                inverse_CC = tl.load(inverse_p + chunk * C * C + t[:, None] * C + t[None, :])
+            if not TRANSITION and states_p is not None:
+                tl.store(states_p + chunk * N * N + block_rows, state_VK.to(states_p.dtype.element_ty))
+            state_KV, k_KC = operand(tl.trans(state_VK), PRECISION), tl.trans(k_CK)
+            read_CV += dot(a_CK, state_KV, PRECISION)
+            ak_CC += dot(a_CK, k_KC, PRECISION)
 
-        state_NV = operand(tl.trans(state_VN), PRECISION)
-        k_NC = tl.trans(k_CN)
-        read_CV = dot(a_CN, state_NV, PRECISION)
-        read_CV += dot(lower_part(dot(a_CN, k_NC, PRECISION), C, True), v_CV, PRECISION)
-        u_CV = dot(inverse_CC, read_CV, PRECISION)
+        read_CV += dot(lower_part(ak_CC, C, True), v_CV, PRECISION)
+        u_CV = operand(dot(inverse_CC, read_CV, PRECISION), PRECISION)
         if not TRANSITION and u_p is not None:
             store_rows(u_p + base, values, u_CV, here)
-        u_CV = operand(u_CV, PRECISION)
-        if not TRANSITION:
-            r_CN = operand(load_rows(r_p + base, keys, here) * tl.exp2(sum_CN), PRECISION)
-            out_CV = dot(r_CN, state_NV, PRECISION)
-            out_CV += dot(lower_part(dot(r_CN, k_NC, PRECISION), C, False), v_CV, PRECISION)
-            out_CV += dot(lower_part(dot(r_CN, tl.trans(b_CN), PRECISION), C, False), u_CV, PRECISION)
-            store_rows(out_p + base, values, out_CV, here)
-        state_VN += dot(tl.trans(v_CV), k_CN, PRECISION) + dot(tl.trans(u_CV), b_CN, PRECISION)
-        state_VN *= tl.exp2(total_N)[None, :]
-    tl.store(final_p + (piece * heads + head) * ROWS * N + state_rows, state_VN)
+
+        for block in tl.static_range(N // K):
+            if K < N:
+                tl.debug_barrier()
+                key = block * K + tl.arange(0, K)
+                block_rows = row[:, None] * N + key[None, :]
+                keys, w_CK, sum_CK, _, b_CK, k_CK = _block_of_keys(
+                    w_low_p, a_p, b_p, k_p, w0_p, base, head, key, here, heads, N, C, PRECISION
+                )
+                state_VK = tl.load(final_p + final_base + block_rows)
+                state_KV, k_KC = operand(tl.trans(state_VK), PRECISION), tl.trans(k_CK)
+            if not TRANSITION:
+                r_CK = operand(load_rows(r_p + base, keys, here) * tl.exp2(sum_CK), PRECISION)
+                out_CV += dot(r_CK, state_KV, PRECISION)
+                rb_CC += dot(r_CK, tl.trans(b_CK), PRECISION)
+                rk_CC += dot(r_CK, k_KC, PRECISION)
+                if block == N // K - 1:
+                    out_CV += dot(lower_part(rk_CC, C, False), v_CV, PRECISION)
+                    out_CV += dot(lower_part(rb_CC, C, False), u_CV, PRECISION)
+                    store_rows(out_p + base, values, out_CV, here)
+            state_VK += dot(tl.trans(v_CV), k_CK, PRECISION) + dot(tl.trans(u_CV), b_CK, PRECISION)
+            state_VK *= tl.exp2(tl.sum(w_CK, 0))[None, :]
+            if K < N:
+                tl.debug_barrier()  # Several threads may have read a value that one overwrites.
+                tl.store(final_p + final_base + block_rows, state_VK)
+    if K == N:
+        tl.store(final_p + final_base + state_rows, state_VK)
+
+
+@triton.jit
+def _start(start_p, offsets, row, N: tl.constexpr, V: tl.constexpr, TRANSITION: tl.constexpr):
+    """The state before a piece."""
+    if TRANSITION:
+        start_VN = tl.where(row[:, None] == tl.arange(0, N)[None, :], 1.0, 0.0)
+    elif start_p is not None:
+        start_VN = tl.load(start_p + offsets)
+    else:
+        start_VN = tl.zeros([V, N], tl.float32)
+    return start_VN
+
+
+@triton.jit
+def _block_of_keys(
+    w_low_p,
+    a_p,
+    b_p,
+    k_p,
+    w0_p,
+    base,
+    head,
+    key,
+    here,
+    heads,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Offsets, log2 of the decay and its running sum, and three operands. (What is not used is not loaded.)"""
+    keys = tl.arange(0, C)[:, None] * (heads * N) + key[None, :]
+    w_CK = load_log2_decay(w_low_p + base, keys, here, tl.load(w0_p + head * N + key))
+    sum_CK = tl.cumsum(w_CK, 0)
+    growth_CK = tl.exp2(-sum_CK)
+    a_CK = operand(load_rows(a_p + base, keys, here) * tl.exp2(sum_CK - w_CK), PRECISION)
+    b_CK = operand(load_rows(b_p + base, keys, here) * growth_CK, PRECISION)
+    k_CK = operand(load_rows(k_p + base, keys, here) * growth_CK, PRECISION)
+    return keys, w_CK, sum_CK, a_CK, b_CK, k_CK
 
 
 @triton.jit(do_not_specialize=["heads"])

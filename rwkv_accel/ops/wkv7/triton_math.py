@@ -26,6 +26,18 @@ def chunk_of_program(chunks_p, heads):
 
 
 @triton.jit
+def piece_of_program(pieces_p, heads, V: tl.constexpr, ROWS: tl.constexpr):
+    """Piece, head and rows of the state of a program that walks over a piece; its first token, number of tokens, first
+    chunk."""
+    index = tl.program_id(0) // (ROWS // V)
+    row = (tl.program_id(0) % (ROWS // V)) * V + tl.arange(0, V)
+    piece = (index // heads).to(tl.int64)
+    first_token = tl.load(pieces_p + 3 * piece)
+    num_tokens = tl.load(pieces_p + 3 * piece + 1).to(tl.int32)
+    return piece, index % heads, row, first_token, num_tokens, tl.load(pieces_p + 3 * piece + 2)
+
+
+@triton.jit
 def load_rows(pointer, offsets, mask):
     """fp32 values; 0 where the mask is off, which stands for a token that is not there."""
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)

@@ -77,7 +77,7 @@ def choose_sizes(device: torch.device, dtype: torch.dtype, head_size: int) -> tu
     """What of a setup does not depend on the sequences."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     kind = family(device)
-    return choose_config(kind, dtype, head_size, name), precision(kind, dtype)
+    return choose_config(kind, dtype, head_size, name), precision(kind, dtype, head_size)
 
 
 def launch(kernel: Any, programs: int, sizes: Launch, *args: Any, **constants: Any) -> None:
@@ -155,6 +155,7 @@ def run_forward(
             *(None, w_low, k, v, a, b, w0, inverse, None, pieces.pieces_P3, None, None, None, maps, heads),
             **constants,
             V=config.transition.block,
+            K=config.transition.inner or size,
             TRANSITION=True,
         )
         start = _join(maps, maps, state, setup, backward=False)
@@ -171,6 +172,7 @@ def run_forward(
         *(r, w_low, k, v, a, b, w0, inverse, start, pieces.pieces_P3, out, u, states, final, heads),
         **constants,
         V=config.scan.block,
+        K=config.scan.inner or size,
         TRANSITION=False,
     )
     if pieces.is_cut:
@@ -220,6 +222,7 @@ def run_backward(
         *(r, w_low, k, v, a, b, w0, d_out, u, dz, states, d_states, pieces.chunks_n2, *grads, d_w0, heads),
         **{**constants, "PRECISION": numbers.gradients},
         K=config.gradients.block,
+        V=config.gradients.inner or size,
     )
     if pieces.is_cut:
         d_start = d_start.index_select(0, pieces.spans_S2[:, 0])

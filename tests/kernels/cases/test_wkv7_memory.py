@@ -32,7 +32,9 @@ def guarded(monkeypatch):
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 @pytest.mark.parametrize(
-    ("T", "N", "dtype"), [(1, 64, torch.bfloat16), (45, 32, torch.float32), (33, 128, torch.bfloat16)]
+    ("T", "N", "dtype"),
+    [(1, 64, torch.bfloat16), (45, 32, torch.float32), (33, 128, torch.bfloat16), (20, 128, torch.float16)],
+    ids=str,
 )
 def test_guard_bands_stay_and_all_within_is_written(T, N, dtype, cut, guarded, device, programs):
     programs(16 if cut else 1)

@@ -48,17 +48,27 @@ def test_head_sizes(N, dtype, device):
     check(make_inputs(2, 37, 1, N), dtype, device)
 
 
-def test_head_size_128(device):
-    check(make_inputs(2, 37, 1, 128), torch.bfloat16, device)
+@DTYPES
+@pytest.mark.parametrize("hard", [False, True], ids=["plain", "hard"])
+def test_head_size_128(hard, dtype, device):
+    check(make_inputs(1, 37, 1, 128, hard=hard), dtype, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_head_size_128_cut_into_pieces(dtype, device, programs):
+    programs(24)
+    inputs = make_inputs(1, 40, 1, 128, hard=True)
+    assert triton_op.choose_setup(device, dtype, tuple(inputs[0].shape), None).pieces.num_pieces >= 3
+    check(inputs, dtype, device)
+
+
+@pytest.mark.parametrize(("N", "dtype"), [(64, torch.bfloat16), (64, torch.float32), (128, torch.float16)], ids=str)
 @pytest.mark.parametrize("family", ["cuda", "hip"])
-def test_sizes_of_other_devices(family, dtype, device, monkeypatch):
+def test_sizes_of_other_devices(family, N, dtype, device, monkeypatch):
     if device.type != "cpu":
         pytest.skip("compiled kernels take the sizes of their own device")
     monkeypatch.setattr(triton_op, "family", lambda device: family)
-    check(make_inputs(1, 20, 1, 64), dtype, device)
+    check(make_inputs(1, 20, 1, N), dtype, device)
 
 
 @DTYPES

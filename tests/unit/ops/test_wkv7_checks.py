@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rwkv_accel.ops.wkv7 import available_backends, select_backend, wkv7
+from rwkv_accel.ops.wkv7.triton_config import DTYPES
 from tests.unit.ops.wkv7_cases import make_inputs
 
 NAMES = ["r", "w_low", "k", "v", "a", "b"]
@@ -114,7 +115,6 @@ def test_triton_is_taken_on_gpus_and_refused_with_the_reason_elsewhere():
         (("cpu",), r"a CPU runs them only under Triton's interpreter \(TRITON_INTERPRET=1\)"),
         (("mps",), "there are kernels for NVIDIA and AMD GPUs, not for mps"),
         (("cuda", 24), "head size 24 is none of 16, 32, 64, 128"),
-        (("cuda", 128, torch.float32), "head size 128 in float32 does not fit into the registers"),
         (("cuda", 64, torch.float64), "the kernels compute in fp32 at most, not in float64"),
     ]:
         with pytest.raises(ValueError, match=f"^backend triton cannot run: {reason}; take auto or chunked$"):
@@ -122,6 +122,7 @@ def test_triton_is_taken_on_gpus_and_refused_with_the_reason_elsewhere():
         if arguments[0] != "cpu":
             assert select_backend("auto", *arguments)[0] == "chunked"
         assert "triton" not in available_backends(*arguments)
+    assert all(select_backend("auto", "cuda", 128, dtype)[0] == "triton" for dtype in DTYPES)
     assert select_backend("auto", "cuda", 24)[1] == "auto: not triton, head size 24 is none of 16, 32, 64, 128"
     with pytest.raises(ValueError, match=r"^backend triton cannot run"):
         call(make_inputs(1, 4, 2, 16), backend="triton")

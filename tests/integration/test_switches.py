@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from rwkv_accel import limits
 from tests.helpers import launch, train_cli
@@ -324,3 +325,12 @@ def test_offload_on_a_cpu_is_said_to_be_block(run, caplog, tmp_path):
 def test_switches_that_do_not_fit_are_one_line(run, capsys, overrides, needle):
     assert run(*overrides) == 2
     assert needle in error_of(capsys)
+
+
+def test_offload_trains_narrow_adapters_by_their_fp32_copies(run, tmp_path):
+    assert run("optim.offload=true", "trainer.precision=bf16-true", "checkpoint.epoch_save=1") == 0
+    folder = tmp_path / "out" / "adapter"
+    tensors = load_file(folder / (folder / "LATEST").read_text().strip() / "adapter.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    # Ten small updates: what they add up to lies between the values that bf16 has.
+    assert all((t != t.bfloat16()).any() for t in tensors.values())

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rwkv_accel import host_adamw
+from rwkv_accel.bench.harness import peak_tensor_mib
 from rwkv_accel.config.schema import ModelConfig, OptimConfig, PeftConfig, TrainerConfig
 from rwkv_accel.errors import UserError
 from rwkv_accel.guard import UpdateGuard
@@ -118,6 +119,19 @@ def test_narrow_adapters_train_as_wide_ones(tmp_path):
     assert losses["bf16-true"][-1] < losses["bf16-true"][0]
     for narrow, wide in zip(trained["bf16-true"], trained["bf16-mixed"]):
         torch.testing.assert_close(narrow, wide, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 1), (torch.float32, 6 / 7)])
+def test_an_update_takes_what_the_planner_counts(dtype, share, monkeypatch):
+    monkeypatch.setattr(host_adamw, "LOAD_VALUES", 1 << 14)
+    params = [nn.Parameter(torch.ones(64, 128, dtype=dtype)) for _ in range(8)]
+    host = HostAdamW(params, **SETTINGS)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    host.step()  # makes the state
+    counted = share * host_adamw.device_bytes(sum(p.numel() for p in params))  # fp32 gradients need no copy
+    assert counted == share * 7 * 4 * (1 << 14)
+    assert peak_tensor_mib(host.step, "cpu") * 2**20 == pytest.approx(counted, rel=0.02)
 
 
 def test_the_recipe_chooses_it():

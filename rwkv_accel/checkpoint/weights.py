@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rwkv_accel.checkpoint.collective import on_main
+from rwkv_accel.checkpoint.format import sync
 from rwkv_accel.checkpoint.retention import prune_weights
 from rwkv_accel.checkpoint.strategy import layout_of, trained_parameters
 from rwkv_accel.config.schema import RunConfig
@@ -81,6 +82,7 @@ def save_weights(
                 pointer = folder.parent / LATEST_FILE
                 part = pointer.with_name(LATEST_FILE + ".tmp")
                 part.write_text(folder.name + "\n", encoding="utf-8")
+                sync(part)
                 os.replace(part, pointer)
                 prune_weights(folder.parent, config.checkpoint.keep_weights, folder.name)
         except OSError as error:
@@ -91,20 +93,31 @@ def save_weights(
 
 
 def has_weights(out_dir: str | Path) -> bool:
-    """Whether a run has saved weights."""
-    return (Path(out_dir) / WEIGHTS_DIR / LATEST_FILE).is_file()
+    """Whether the newest save of a run is there."""
+    return _newest(out_dir) is not None
 
 
 def latest_weights(out_dir: str | Path) -> Path:
     """Folder of the newest save of a run.
 
     Raises:
-        UserError: the run has saved nothing yet.
+        UserError: the run has saved nothing yet, or what it saved last is gone.
     """
+    folder = _newest(out_dir)
+    if folder is not None:
+        return folder
     pointer = Path(out_dir) / WEIGHTS_DIR / LATEST_FILE
-    if not has_weights(out_dir):
+    if not pointer.is_file():
         raise UserError(f"{out_dir} holds no saved weights ({pointer} is missing); let its run finish first")
-    return pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    others = ", ".join(sorted(str(path) for path in pointer.parent.iterdir() if path.is_dir())) or "none"
+    raise UserError(f"{pointer} names no save that is there; saves there are: {others}")
+
+
+def _newest(out_dir: str | Path) -> Path | None:
+    pointer = Path(out_dir) / WEIGHTS_DIR / LATEST_FILE
+    name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+    folder = pointer.parent / name
+    return folder if name and folder.is_dir() else None
 
 
 def run_folder_of(save: str | Path) -> Path | None:

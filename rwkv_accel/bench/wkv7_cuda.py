@@ -187,6 +187,8 @@ class _CudaWKV7(torch.autograd.Function):
 
 def _launch(name: str, like: Tensor, tensors: list[Tensor]) -> None:
     batch, num_tokens, heads, size = like.shape
+    if size != HEAD_SIZE or like.dtype != torch.bfloat16:
+        raise ValueError(f"the kernels are made for bf16 and head size {HEAD_SIZE}, not for {like.dtype} and {size}")
     with on_device(like.device):
         kernel = compiled(torch.cuda.get_device_capability(like.device))[name]
         kernel(grid=(batch * heads, 1, 1), block=(size, 1, 1), args=[num_tokens, heads, *tensors])

@@ -94,6 +94,13 @@ def test_outputs_and_gradients_are_those_of_the_recurrence(on_cpu, num_tokens):
         assert (got.double() - want).norm() <= 1e-2 * want.norm()
 
 
+@pytest.mark.parametrize(("size", "dtype"), [(32, torch.bfloat16), (64, torch.float16)])
+def test_what_it_is_not_made_for_is_refused(size, dtype):
+    inputs = [torch.zeros(1, 16, 1, size, dtype=dtype)] * 6
+    with pytest.raises(ValueError, match="made for bf16 and head size 64"):
+        wkv7_cuda.wkv7_cuda(*inputs)
+
+
 def test_kernels_are_compiled_once_for_a_device(monkeypatch):
     """The calls of NVRTC, to a stand-in for it."""
     calls = []

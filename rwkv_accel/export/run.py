@@ -214,6 +214,8 @@ def write_fla(job: Job) -> str:
 
 def write_hf(job: Job) -> str:
     """--to hf-peft."""
+    if not job.adapters:
+        raise UserError(f"{job.base.path} is a whole model and no adapter; write it with --to fla or --to pth")
     if len(job.adapters) != 1 or job.adapters[0].weight != 1:
         raise UserError("--to hf-peft converts one adapter with factor 1; merge several with --to pth")
     ours = job.adapters[0]

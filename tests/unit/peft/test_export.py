@@ -259,6 +259,7 @@ def test_mistakes_on_the_command_line(base, tmp_path, capsys):
     assert "no source trains initial states" in failing(capsys, tmp_path / "a", "--to", "state")
     assert "give one for each" in failing(capsys, tmp_path / "a", "--to", "pth", "--weights", "1", "2")
     assert "a factor that is not finite" in failing(capsys, tmp_path / "a", "--to", "pth", "--weights", "nan")
+    assert "is a whole model and no adapter" in failing(capsys, base, "--to", "hf-peft", "--out", tmp_path / "hf")
     assert "HF PEFT folders hold adapters only" in failing(capsys, tmp_path / "parts", "--to", "hf-peft")
     line = failing(capsys, tmp_path / "a", tmp_path / "quantised", "--to", "pth")
     assert "differently quantised bases; merge them with --onto original" in line

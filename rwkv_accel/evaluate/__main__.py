@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--answers", action="append", default=[], metavar="FILE", help="prompt, answer")
     files.add_argument("--limit", type=int, metavar="N", help="only the first N records of each file")
     files.add_argument("--ctx-len", type=int, metavar="N", help="row length in tokens; longer documents are split")
-    files.add_argument("--template", help="rwkv (default), raw, or a .jinja file, as data.template")
+    files.add_argument(
+        "--template", help="rwkv, raw or a .jinja file, as data.template; default: what was trained with, else rwkv"
+    )
 
     answers = parser.add_argument_group("answers")
     answers.add_argument("--regex", metavar="RE", help=r"what of a reply is its answer, e.g. '#### (-?[0-9.,]+)'")

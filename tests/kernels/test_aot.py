@@ -13,6 +13,7 @@ from rwkv_accel.bench import kernels
 from rwkv_accel.bench.__main__ import main
 from rwkv_accel.bench.aot import TARGETS, Cost, compile_kernel, shipped
 from rwkv_accel.bench.harness import Options, ParityError
+from rwkv_accel.ops.wkv7.triton_config import Launch
 
 TRAINING = ("invert_chunks", "scan_pieces/from zeros", "scan_pieces_backward/from zeros", "chunk_gradients")
 """What a training step launches."""
@@ -72,3 +73,8 @@ def test_gpu_rows_without_a_gpu(capsys):
         pytest.skip("this machine has a GPU")
     assert main(["wkv7", "--device", "cuda"]) == 2
     assert "no GPU is visible here; these rows stay not measured" in capsys.readouterr().err
+
+
+def test_a_state_in_memory_is_not_loaded_ahead():
+    with pytest.raises(ValueError, match="inner needs num_stages 1"):
+        Launch(64, 8, num_stages=2, inner=32)

@@ -29,6 +29,10 @@ class Launch:
     """Keys (scan, transition), values (gradients) that products sum over at once; None: all, which the registers hold
     up to head size 64. Unused by the others."""
 
+    def __post_init__(self) -> None:
+        if self.inner is not None and self.num_stages > 1:
+            raise ValueError("blocks of a state that the loop stores cannot be loaded ahead: inner needs num_stages 1")
+
     @property
     def options(self) -> dict[str, int | bool]:
         """What Triton's compiler is told. Contraction to fused multiply-adds is on whatever its version's default."""
@@ -110,7 +114,7 @@ _TABLE: dict[tuple[str, torch.dtype], dict[int, tuple]] = {
     ("sm_90", torch.bfloat16): {
         16: (32, (16, 4), (16, 4), (16, 4)),
         32: (16, (32, 4), (32, 4), (32, 4)),
-        64: (32, (64, 8), (64, 8), (64, 8)),
+        64: (32, (64, 4, 2), (64, 4, 2), (64, 8), (64, 4)),
         128: (16, (64, 8), (64, 8), (64, 8, 1, 64)),
     },
     ("sm_90", torch.float16): {
@@ -128,7 +132,7 @@ _TABLE: dict[tuple[str, torch.dtype], dict[int, tuple]] = {
     ("cuda", torch.bfloat16): {
         16: (32, (16, 4), (16, 4), (16, 4)),
         32: (16, (32, 4), (32, 4), (32, 4)),
-        64: (32, (32, 8), (32, 8), (64, 8)),
+        64: (32, (32, 4), (64, 4), (64, 8)),
         128: (16, (64, 8), (64, 8), (64, 8, 1, 64)),
     },
     ("cuda", torch.float16): {

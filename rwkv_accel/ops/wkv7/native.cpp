@@ -130,7 +130,8 @@ struct Inputs {
 };
 
 // What a thread works on, token by token: arrays apart by a power of two would fall into the same lines of the cache.
-struct Work {
+// Aligned to these lines: a vector that lies across two of them takes twice the time.
+struct alignas(64) Work {
     Inputs in[C], grad[C];
     float out[C][N];           // or its gradient
     float states[C][ROWS][N];  // before every token
@@ -237,20 +238,13 @@ void chunk_backward(Work &work, const float *state, float *d_state, int count) {
         Vector d_rows[ROWS][VECTORS];
         load_group(d_rows, d_state + first * N);
         for (int t = count - 1; t >= 0; t--) {
-            Vector d_read_sums[ROWS], d_v_sums[ROWS];
             for (int j = 0; j < VECTORS; j++) {
-                const int n = j * LANES;
-                const Vector r = load(&in[t].r[n]), k = load(&in[t].k[n]), b = load(&in[t].b[n]);
-                for (int i = 0; i < ROWS; i++) {
-                    const Vector d = d_rows[i][j] + work.out[t][first + i] * r;
-                    d_v_sums[i] = j ? d_v_sums[i] + d * k : d * k;
-                    d_read_sums[i] = j ? d_read_sums[i] + d * b : d * b;
-                    d_rows[i][j] = d;
-                }
+                const Vector r = load(in[t].r + j * LANES);
+                for (int i = 0; i < ROWS; i++) d_rows[i][j] += work.out[t][first + i] * r;
             }
             float d_read[ROWS];
-            lane_sums(d_read_sums, d_read);
-            lane_sums(d_v_sums, &grad[t].v[first]);
+            multiply(d_rows, in[t].b, d_read);
+            multiply(d_rows, in[t].k, grad[t].v + first);
             for (int j = 0; j < VECTORS; j++) {
                 const int n = j * LANES;
                 const Vector a = load(&in[t].a[n]), w = load(&in[t].w[n]);

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -195,7 +196,8 @@ def build_folders() -> list[Path]:
     """Where compiled extensions of torch and DeepSpeed are cached: the trainer's own folder, and torch's default."""
     from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
 
-    probe = Path(_get_build_directory("rwkv_accel_doctor", verbose=False))
+    # A name of its own: hosts that share a home look at the same time.
+    probe = Path(_get_build_directory(f"rwkv_accel_doctor-{uuid.uuid4().hex}", verbose=False))
     probe.rmdir()
     return [probe.parent, Path(get_default_build_root())]
 

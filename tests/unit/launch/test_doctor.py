@@ -77,6 +77,21 @@ def test_folders_of_builds_are_the_trainers_and_torchs(monkeypatch, tmp_path):
     assert list(ours.iterdir()) == []
 
 
+def test_hosts_that_share_a_home_look_for_builds_at_the_same_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    plain, other = Path.rmdir, []
+
+    def rmdir(folder):
+        if not other:  # just before the first looks away, another one comes and goes
+            other.append(folder)
+            machine.build_folders()
+        plain(folder)
+
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    assert machine.build_folders()[0] == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_check_that_hangs_or_breaks_is_reported_and_hides_no_other(monkeypatch):
     forever = threading.Event()
 

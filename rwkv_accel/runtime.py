@@ -181,13 +181,19 @@ def knows_shutdown_timeout() -> bool:
 
 def set_environment_defaults() -> None:
     """Defaults that must be set before torch and its libraries start; what the user set stays."""
-    # Extensions are cached by name only: two environments sharing a home would rebuild each other's.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / f"ext-{zlib.crc32(sys.prefix.encode()):08x}"))
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder()))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # OpenMP's threads spin while they wait. Shorter than its default of 300,000, they take the processors less from
     # each other on a busy machine; at 3,000 and 30,000 a quiet one was about as fast.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+
+
+def extensions_folder() -> Path:
+    """Where compiled extensions of torch and DeepSpeed are cached."""
+    # By name only: two environments sharing a home would rebuild each other's.
+    own = cache_folder() / f"ext-{zlib.crc32(sys.prefix.encode()):08x}"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", own))
 
 
 def cache_folder() -> Path:

@@ -6,8 +6,7 @@ import os
 import shutil
 import threading
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rwkv_accel.config.schema import RunConfig
 from rwkv_accel.doctor.report import Check
 from rwkv_accel.errors import UserError
 from rwkv_accel.ops.wkv7 import BACKENDS, select_backend, wkv7
-from rwkv_accel.runtime import STALE_LOCK_SECONDS
+from rwkv_accel.runtime import STALE_LOCK_SECONDS, extensions_folder
 from rwkv_accel.tracking.trackers import check_trackers
 
 GIB = 2**30
@@ -194,19 +193,26 @@ def check_disk(folder: Path) -> list[Check]:
 
 def build_folders() -> list[Path]:
     """Where compiled extensions of torch and DeepSpeed are cached: the trainer's own folder, and torch's default."""
-    from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
+    from torch.utils.cpp_extension import get_default_build_root
 
-    # A name of its own: hosts that share a home look at the same time.
-    probe = Path(_get_build_directory(f"rwkv_accel_doctor-{uuid.uuid4().hex}", verbose=False))
-    probe.rmdir()
-    return [probe.parent, Path(get_default_build_root())]
+    return [extensions_folder(), Path(get_default_build_root())]
+
+
+def _locks(folder: Path) -> Iterator[Path]:
+    """Files named lock, one level below or two: torch's own folder has one more, by versions of python and CUDA."""
+    # Not by glob, which raises where a build of another host comes and goes.
+    for here, folders, files in os.walk(folder):
+        depth = len(Path(here).relative_to(folder).parts)
+        if depth and "lock" in files:
+            yield Path(here) / "lock"
+        if depth == 2:
+            folders.clear()
 
 
 def check_build_locks(folders: Sequence[Path]) -> list[Check]:
     """Locks that a killed build left behind; whoever builds next waits for them for ever."""
     now = time.time()
-    # torch's own folder has one level more, by versions of python and CUDA.
-    locks = sorted({lock for folder in folders for lock in (*folder.glob("*/lock"), *folder.glob("*/*/lock"))})
+    locks = sorted({lock for folder in folders for lock in _locks(folder)})
     checks = []
     for path in locks:
         try:

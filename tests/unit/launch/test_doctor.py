@@ -74,22 +74,25 @@ def test_folders_of_builds_are_the_trainers_and_torchs(monkeypatch, tmp_path):
     ours, torchs = machine.build_folders()
     assert ours == tmp_path / "ours"
     assert torchs.name == "torch_extensions"
-    assert list(ours.iterdir()) == []
+    assert not ours.exists()
 
 
-def test_hosts_that_share_a_home_look_for_builds_at_the_same_time(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    plain, other = Path.rmdir, []
+def test_a_build_of_another_host_that_ends_while_locks_are_sought(monkeypatch, tmp_path):
+    for name in ("ended", "stale"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "stale" / "lock").touch()
+    os.utime(tmp_path / "stale" / "lock", (0, 0))
+    plain = os.scandir
 
-    def rmdir(folder):
-        if not other:  # just before the first looks away, another one comes and goes
-            other.append(folder)
-            machine.build_folders()
-        plain(folder)
+    def scandir(folder):
+        if os.fspath(folder) == os.fspath(tmp_path / "ended"):
+            raise FileNotFoundError(folder)
+        return plain(folder)
 
-    monkeypatch.setattr(Path, "rmdir", rmdir)
-    assert machine.build_folders()[0] == tmp_path
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "scandir", scandir)
+    (check,) = machine.check_build_locks([tmp_path])
+    assert check.status == "WARN"
+    assert f"stale lock {tmp_path}/stale/lock" in check.text
 
 
 def test_check_that_hangs_or_breaks_is_reported_and_hides_no_other(monkeypatch):

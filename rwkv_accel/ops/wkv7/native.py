@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, H heads, N head size, S sequences of a packed batch.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from rwkv_accel.ops.first_order import check_first_order
 from rwkv_accel.ops.wkv7.native_build import BuildError, chunk_tokens, library
+
+logger = logging.getLogger(__name__)
 
 
 class _View(ctypes.Structure):
@@ -49,6 +52,8 @@ def obstacle(head_size: int, dtype: torch.dtype) -> str | None:
     try:
         library(head_size)
     except BuildError as error:
+        # The run's own line is that of its first process; others may be on other machines.
+        logger.warning("wkv7 cannot be compiled for this CPU: %s", error)
         return str(error)
     return None
 

@@ -240,10 +240,13 @@ def test_it_is_compiled_once(cache, caplog):
     assert len(os.listdir(cache)) == 2
 
 
-def test_without_a_compiler(cache, monkeypatch):
+def test_without_a_compiler(cache, monkeypatch, caplog):
     monkeypatch.setattr(native_build, "cpp_compiler", lambda: None)
     reason = "there is no C++ compiler (g++, clang++ or $CXX)"
-    assert select_backend("auto", "cpu") == ("chunked", f"auto: not native, {reason}")
+    for _ in range(2):
+        assert select_backend("auto", "cpu") == ("chunked", f"auto: not native, {reason}")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [f"wkv7 cannot be compiled for this CPU: {reason}"]
 
 
 @pytest.mark.parametrize(
